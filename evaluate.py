@@ -4,13 +4,13 @@ Paper A: energy, phi (section 3.3); beside them msp, maxlogit and knn (Sun et al
 x_v in D_in and D_out, 1 : 1: Score(x) = sum_{i<=k} |f(x) - f(x_d^i)|^2 + alpha sum_{i<=k} 1[I(x_v^i) = 1].
 Every score is an OOD score: higher is more OOD; "score > threshold is OOD" reproduces fpr95.
 
-reads    classifier_*.pt, train.npy, test.npy (N, H, W, 3) uint8, the OOD sets; where there: test.labels.npy (N,) int64,
-         sd_outliers.npy and .csv, outliers.npy, sd_reconstructions_test.npy; with --scores files (N,) of real numbers
-writes   results.json (fractions; null for what does not exist and for an infinite threshold; seed: of the training),
-         results.md, scores/<method>.<score>.<set>.npy (N,) float32 in data-set order, roc.png, scores.png, tsne.png
+reads    classifier_*.pt, train.npy, test.npy (N, H, W, 3) uint8, OOD sets; where there: sd_outliers.npy and .csv,
+         sd_reconstructions_test.npy, labels, pseudo_labels.npy; with --scores only files (N,) of real numbers
+writes   results.json (fractions; null: no such figure, or an infinite threshold), results.md, roc.png, scores.png,
+         tsne.png, scores/<method>.<score>.<set>.npy (N,) float32 in data-set order
 
 python evaluate.py                                               # digits 0-5 against 6-9 and photographs: seconds
-python evaluate.py --dir runs/cifar10 --ood-data cifar100 svhn
+python evaluate.py --dir runs/cifar10 --ood-data arrays/svhn photos/
 python evaluate.py --dir runs/mine --scores id.npy ood.npy       # any detector; no model, no data set
 """
 
@@ -43,6 +43,7 @@ RECIPES = {  # option: help, value per recipe
     "knn_k": ("knn: the score is the distance to this neighbour", 10, 50, 50),
 }
 MAIN_SCORE = {"ce": "msp", "dream": "energy", "dream-id": "msp", "sd": "distance+voting", "scores": "given"}  # in plots
+COPIES = "sd_reconstructions_test"  # generated copies of ID test images: AUROC near 0.5 wanted; near 1, artefacts count
 
 
 def fail(message, status=1):
@@ -77,9 +78,8 @@ def parse_recipe(parser):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/digits"), help="shared directory (default: %(default)s)")
-    sets = "OOD: NAME[:CLASSES], a torchvision set, a folder or a .npy file (default: digits:6-9 patches)"
+    sets = "OOD: NAME[:CLASSES], a folder of images or arrays, a .npy file (default: digits:6-9 patches)"
     parser.add_argument("--ood-data", nargs="+", metavar="SET", default=["digits:6-9", "patches"], help=sets)
-    parser.add_argument("--data-root", default="data", help="where torchvision keeps data sets (default: %(default)s)")
     parser.add_argument("--scores", nargs="+", type=Path, metavar="NPY", help="judge these instead: ID, then OOD sets")
     parser.add_argument("--alpha", type=float, help="sd: weight of a vote (default: median ID distance score / k)")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples per interval (default: %(default)s)")
@@ -88,10 +88,9 @@ def parse_args():
     parser.set_defaults(data="digits" if "--scores" in sys.argv else None)  # score files need no recipe
     args = parse_recipe(parser)
     args.names = [path.name for path in args.scores[1:]] if args.scores else args.ood_data
-    if not args.names or len({"id", *args.names}) <= len(args.names):
-        fail("--ood-data, or --scores after the ID file, needs one or more names, all different and none of them id", 2)
-    if args.bootstrap < 1 or args.seed < 0 or not 0 <= (args.alpha or 0) < math.inf:
-        fail("--bootstrap must be at least 1, --seed and --alpha at least 0", 2)
+    named = args.names and len({"id", *args.names}) > len(args.names)
+    if not named or args.bootstrap < 1 or args.seed < 0 or not 0 <= (args.alpha or 0) < math.inf:
+        fail("give OOD sets of different names, --bootstrap of at least 1, --seed and --alpha of at least 0", 2)
     return args
 
 
@@ -196,6 +195,18 @@ def build_backbone(arch):
     return net, width
 
 
+def in_format_of(id_images, images):
+    """Images (M, H, W, 3) uint8 in the format of the ID data: grey if that is grey, at the grey levels that it has.
+
+    Digits have 17 levels, photographs 256: else a detector could tell images by their format, whatever they show.
+    """
+    sample = np.asarray(id_images[:1000])
+    if (sample == sample[..., :1]).all():
+        images = np.rint(images @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)[..., None].repeat(3, axis=3)
+    levels = np.unique(sample).astype(int)
+    return levels[np.abs(np.arange(256)[:, None] - levels).argmin(1)].astype(np.uint8)[images]
+
+
 class Detector(nn.Module):
     """A backbone f with the linear heads of one method, on images (B, 3, H, W) in [-1, 1].
 
@@ -239,10 +250,8 @@ def knn(queries, bank, k, chunk=1024):
 
 def features_and_logits(net, images, args):
     """f(x) (N, D) and the logits of every head, by name, for images (N, H, W, 3) uint8; all on args.device."""
-    parts = []
-    for start in tqdm(range(0, len(images), args.batch_size), desc="images", delay=1, leave=False):
-        x = torch.from_numpy(np.array(images[start : start + args.batch_size])).to(args.device)
-        parts.append(net(x.permute(0, 3, 1, 2).float() / 127.5 - 1))
+    chunks = tqdm(np.split(images, range(args.batch_size, len(images), args.batch_size)), delay=1, leave=False)
+    parts = [net(torch.tensor(x, device=args.device).permute(0, 3, 1, 2).float() / 127.5 - 1) for x in chunks]
     return torch.cat([f for f, _ in parts]), {name: torch.cat([h[name] for _, h in parts]) for name in parts[0][1]}
 
 
@@ -253,112 +262,84 @@ def sd_score_terms(f, D_in, D_out, k):
     return knn(f, D_in, k)[0].square().sum(1), (knn(f, both, k)[1] >= n).sum(1)
 
 
-def vote_weight(D_in, k):
-    """alpha: the median over training images of (distance score / k), none its own neighbour; no OOD data."""
-    distance, index = knn(D_in, D_in, k + 1)
-    own = index == torch.arange(len(D_in), device=index.device)[:, None]
-    own[:, -1] |= ~own.any(1)  # more than k exact copies of it came first
-    return distance[~own].view(-1, k).square().mean(1).median().item()
-
-
-def auroc_fpr95(n_in, n_out):
-    """AUROC, fpr95, place of its threshold; from counts (..., V) of ID and OOD at each distinct score, ascending."""
-    in_up, out_up = n_in.cumsum(-1), n_out.cumsum(-1)  # how many have at most this score
-    N, M = in_up[..., -1], out_up[..., -1]
-    auroc = (n_out * (2 * in_up - n_in)).sum(-1) / (2 * N * M)  # half credit for ties; whole numbers until here
-    t = (20 * in_up >= 19 * N[..., None]).argmax(-1)  # the first that keeps 95 % of ID
-    return auroc, np.take_along_axis(out_up, t[..., None], -1)[..., 0] / M, t
+def auroc_fpr95(in_scores, out_scores):
+    """AUROC, half credit for ties; share of OOD (M,) taken for ID at the smallest t that keeps 95 % of ID (N,); t."""
+    ordered = np.sort(in_scores)
+    t = ordered[-(-19 * len(ordered) // 20) - 1]  # whole numbers: 0.95 N rounds wrongly
+    beaten = np.searchsorted(ordered, out_scores) + np.searchsorted(ordered, out_scores, "right")
+    return beaten.mean() / (2 * len(ordered)), (out_scores <= t).mean(), t
 
 
 def metrics(in_scores, out_scores, resamples, seed):
     """The figures of one record, exact under ties and with infinities; intervals: 95 % of resamples of ID and OOD."""
     values, place = np.unique(np.concatenate([in_scores, out_scores]), return_inverse=True)
-    V, is_ood, drawn, rng = len(values), np.arange(len(place)) >= len(in_scores), [], np.random.default_rng(seed)
-    places, step = (place[~is_ood], place[is_ood]), max(1, 2**21 // V)
-    n_in, n_out = (np.bincount(p, minlength=V) for p in places)
-    for start in range(0, resamples, step):
-        offset = V * np.arange(min(step, resamples - start))[:, None]
-        draws = (p[rng.integers(len(p), size=(len(offset), len(p)))] + offset for p in places)
-        counts = (np.bincount(d.ravel(), minlength=offset.size * V).reshape(-1, V) for d in draws)
-        drawn.append(auroc_fpr95(*counts)[:2])
-    auroc_ci, fpr95_ci = np.percentile(np.concatenate(drawn, axis=1), [2.5, 97.5], axis=1).T.tolist()
-    (auroc, fpr95, t), fpr95_ood = auroc_fpr95(n_in, n_out), auroc_fpr95(n_out[::-1], n_in[::-1])[1]  # roles exchanged
+    is_ood, rng = np.arange(len(place)) >= len(in_scores), np.random.default_rng(seed)
+    places = place[~is_ood], place[is_ood]
+    (auroc, fpr95, t), fpr95_ood = auroc_fpr95(*places), auroc_fpr95(-places[1], -places[0])[1]  # roles exchanged
+    drawn = [auroc_fpr95(*(p[rng.integers(len(p), size=len(p))] for p in places))[:2] for _ in range(resamples)]
+    auroc_ci, fpr95_ci = np.percentile(drawn, [2.5, 97.5], axis=0).T.tolist()
     result = {"n_id": len(in_scores), "n_ood": len(out_scores), "auroc": auroc, "auroc_ci": auroc_ci, "fpr95": fpr95}
     result |= {"fpr95_ci": fpr95_ci, "fpr95_ood": fpr95_ood, "aupr_in": average_precision_score(~is_ood, -place)}
-    result |= {"aupr_out": average_precision_score(is_ood, place)}
-    return result | {"threshold": values[t].item() if np.isfinite(values[t]) else None}
+    threshold = values[t].item() if np.isfinite(values[t]) else None
+    return result | {"aupr_out": average_precision_score(is_ood, place), "threshold": threshold}
 
 
-def id_accuracy(predicted, labels, whose_labels):
-    """Share of ID images (N,) labelled right, for pseudo-labels after Hungarian matching."""
-    table = confusion_matrix(labels, predicted)
-    matched = table[linear_sum_assignment(table, maximize=True)] if whose_labels == "pseudo" else table.diagonal()
-    return float(matched.sum() / len(labels))
-
-
-def labels_of_outliers(logits, y, c_r, pseudo=None, labels=None):
-    """How the ce classifier labels SD outliers, from logits (M, C). pseudo, labels (N,): to translate y and c_r."""
-    if labels is not None:  # the most frequent label of each pseudo-label
-        votes = [labels[pseudo == c] for c in range(max(y.max(), c_r.max()) + 1)]
+def labels_of_outliers(logits, arrays, whose_labels):
+    """What the ce classifier, by its logits (M, C), takes SD outliers for: y, c_r, another class or none."""
+    y, c_r, (confidence, label) = arrays["y"], arrays["c_r"], (part.numpy() for part in logits.softmax(1).cpu().max(1))
+    if whose_labels == "dataset":  # the most frequent label of each pseudo-label
+        votes = [arrays["train.labels"][arrays["pseudo_labels"] == c] for c in range(max(y.max(), c_r.max()) + 1)]
         y, c_r = np.array([np.bincount(v).argmax() if len(v) else -1 for v in votes])[np.stack([y, c_r])]
-    confidence, label = logits.softmax(1).cpu().numpy().max(1), logits.argmax(1).cpu().numpy()
     kinds = np.select([confidence < 0.5, label == y, label == c_r], ["unsure", "y", "c_r"], "other")
-    return {kind: float((kinds == kind).mean()) for kind in ("y", "c_r", "other", "unsure")}
+    return ", ".join(f"{kind} {(kinds == kind).mean():.1%}" for kind in ("y", "c_r", "other", "unsure"))
 
 
 def load_scores(path):
     """Scores (N,) of any real type, infinities allowed."""
     try:
         scores = np.load(path, allow_pickle=False)
-        fits = scores.ndim == 1 and scores.size and scores.dtype.kind in "fiub" and not np.isnan(scores).any()
-    except Exception as error:  # numpy and zipfile know many
-        fail(f"{path} is no complete .npy array of numbers ({type(error).__name__}); write it with numpy.save")
-    if not fits:
-        fail(f"{path} holds {scores.dtype} {scores.shape}, or NaN; give one real number per image")
+        if scores.ndim != 1 or not scores.size or scores.dtype.kind not in "fiub" or np.isnan(scores).any():
+            raise ValueError
+    except Exception:  # numpy and zipfile know many
+        fail(f"{path} is missing or is no .npy array of scores (N,), N > 0, real numbers without NaN")
     return scores.astype(np.float64) if scores.dtype.kind == "b" or scores.dtype.itemsize > 8 else scores
 
 
 def read_directory(args):
     """What is in --dir and the OOD sets, all checked: [(network, configuration)], {set: images}, arrays by name."""
     data, arrays, nets, first = read_description(args.dir), {}, [], "the first script in an empty --dir"
-    paths = [path for method in MAIN_SCORE if (path := args.dir / f"classifier_{method}.pt").exists()]
-    if not paths:
+    methods = [method for method in MAIN_SCORE if (args.dir / f"classifier_{method}.pt").exists()]
+    if not methods:
         fail(f"{args.dir} holds no classifier_*.pt; run train_classifier.py, or give --scores ID.npy OOD.npy")
-    size, writers = data.get("image_size"), {"test": first, "train": first, "outliers": "sample_outliers.py"}
-    for name in ("test", "train", "outliers", "sd_outliers", "sd_reconstructions_test"):
-        path, writer = args.dir / f"{name}.npy", writers.get(name, "sample_sd_outliers.py")
-        if writer == first or path.exists() or name == "sd_outliers" and args.dir / "classifier_sd.pt" in paths:
+    size = data.get("image_size")
+    for name in ("test", "train", "sd_outliers", COPIES):
+        path, writer = args.dir / f"{name}.npy", "sample_sd_outliers.py" if "sd" in name else first
+        if writer == first or path.exists() or name == "sd_outliers" and "sd" in methods:
             arrays[name] = load_array(path, (data.get(name), size, size, 3), np.uint8, writer)
             size = arrays[name].shape[1]
     for name, images in (("test.labels", "test"), ("train.labels", "train"), ("pseudo_labels", "train")):
         if (path := args.dir / f"{name}.npy").exists():
             arrays[name] = load_array(path, arrays[images].shape[:1], np.int64, first)
-    if "sd_outliers" in arrays and (path := args.dir / "sd_outliers.csv").exists():
+    if "sd_outliers" in arrays:
         try:
-            table = np.loadtxt(path, np.int64, delimiter=",", skiprows=1, usecols=(2, 3), ndmin=2)
-            arrays["y"], arrays["c_r"] = (
-                table.T if len(table) == len(arrays["sd_outliers"]) and table.min() >= 0 else ()
-            )
+            table = np.loadtxt(args.dir / "sd_outliers.csv", int, delimiter=",", skiprows=1, usecols=(2, 3), ndmin=2)
+            arrays["y"], arrays["c_r"] = table.T if len(table) == len(arrays["sd_outliers"]) else ()
         except (OSError, ValueError):
-            fail(f"{path} is damaged or not of sd_outliers.npy; run sample_sd_outliers.py again")
-    for path in paths:
+            fail(f"sd_outliers.csv in {args.dir} does not fit sd_outliers.npy; run sample_sd_outliers.py again")
+    for method in methods:
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(args.dir / f"classifier_{method}.pt", map_location="cpu", weights_only=True)
             config, digest = content["config"], content["digest"]
-            net = Detector(*(config[name] for name in ("method", "arch", "classes", "phi_hidden"))).eval()
+            net = Detector(method, config["arch"], config["classes"], config["phi_hidden"]).eval()
             net.load_state_dict(content["model"])
-            fits = config["image_size"] == size and digest in (None, data.get("digest", digest))
-            fits = fits and {"seed", "whose_labels"} <= {*config} and path.stem == f"classifier_{config['method']}"
+            stale = digest and digest != data.get("digest", digest)
+            if stale or (config["method"], config["image_size"]) != (method, size):
+                raise ValueError
+            nets.append((net, method, config["whose_labels"], config["seed"]))
         except Exception:  # torch, pickle and zipfile know many
-            fits = False
-        if not fits:
-            fail(f"{path} is damaged or of other data; run train_classifier.py again")
-        nets.append((net.to(args.device), config))
-    sets, grey = {"id": arrays["test"]}, (arrays["test"] == arrays["test"][..., :1]).all()
-    for spec in args.ood_data:
-        images = read_images(spec, args.data_root, "ood", size)[0]
-        luminance = np.rint(images @ [0.299, 0.587, 0.114]).astype(np.uint8)[..., None].repeat(3, axis=3)
-        sets[spec] = luminance if grey else images  # colour shall not give OOD images away
+            fail(f"classifier_{method}.pt is damaged or not of the data in {args.dir}; run train_classifier.py again")
+    ood = {n: read_images(n, "ood", size)[0] for n in args.ood_data} | {n: arrays[n] for n in {COPIES} & {*arrays}}
+    sets = {"id": arrays["test"]} | {name: in_format_of(arrays["train"], images) for name, images in ood.items()}
     return nets, sets, arrays
 
 
@@ -366,56 +347,42 @@ def read_directory(args):
 def score_classifiers(args):
     """{(method, score): {set: (N,) float32}}, {method: facts}, notes, t-SNE's {group: (features, colours)}."""
     (nets, sets, arrays), scored, facts, notes, tsne = read_directory(args), {}, {}, [], {}
-    for net, config in tqdm(nets, desc="classifiers", leave=False):
-        method, own, groups, copies = config["method"], dict(sets), {}, "sd_reconstructions_test"
-        D_in, made = (
-            features_and_logits(net, arrays["train"], args)[0],
-            "outliers" if method == "dream" else "sd_outliers",
-        )
-        if made in arrays:
-            D_out, logits = features_and_logits(net, arrays[made], args)
-        names = ("y", "c_r") + ("pseudo_labels", "train.labels") * (config["whose_labels"] == "dataset")
-        if method == "ce" and set(names) <= set(arrays):
-            shares = labels_of_outliers(logits["g_in"], *(arrays[name] for name in names)).items()
-            notes.append("ce labels SD outliers as " + ", ".join(f"{name} {share:.1%}" for name, share in shares))
+    for net, method, whose, seed in nets:
+        facts[method], features, net = {"id_accuracy": None, "seed": seed}, {}, net.to(args.device)
+        D_in = features_and_logits(net, arrays["train"], args)[0]
+        if "sd_outliers" in arrays:
+            D_out, logits = features_and_logits(net, in_format_of(arrays["train"], arrays["sd_outliers"]), args)
+            if method == "ce" and (whose == "pseudo" or {"pseudo_labels", "train.labels"} <= {*arrays}):
+                notes.append(f"ce takes SD outliers for {labels_of_outliers(logits['g_in'], arrays, whose)}")
         if method == "sd":
-            alpha = vote_weight(D_in, args.k) if args.alpha is None else args.alpha
+            loo = knn(D_in, D_in, args.k + 1)[0][:, 1:]  # an image is its own nearest, at 0
+            alpha = loo.square().mean(1).median().item() if args.alpha is None else args.alpha
             notes.append(f"sd: alpha = {alpha:.4g}")
-            if copies in arrays:
-                own[copies] = arrays[copies]
-                notes.append(
-                    f"{copies}, generated ID: AUROC near 50 % is a semantic detector, near 100 % one of artefacts"
-                )
-        for name, images in own.items():
-            f, logits = features_and_logits(net, images, args)
+        for name, images in sets.items():
+            features[name], logits = features_and_logits(net, images, args)
             if method == "sd":
-                distance, voting = sd_score_terms(f, D_in, D_out, args.k)
+                distance, voting = sd_score_terms(features[name], D_in, D_out, args.k)
                 scores = {"distance": distance, "voting": voting, "distance+voting": distance + alpha * voting}
                 scores["bin"] = logits["g_bin"].diff()[:, 0]  # log-odds of class 1: outlier
             else:  # msp is log(1 - max softmax): the same order, and never rounded to 0
                 z, E = logits["g_in"], energy(logits["g_in"])
                 others = z.scatter(1, z.argmax(1, keepdim=True), -math.inf)
                 scores = {"msp": torch.logsumexp(others, 1) - E, "maxlogit": -z.max(1).values, "energy": -E}
-                scores["knn"] = knn(F.normalize(f), F.normalize(D_in), args.knn_k)[0][:, -1]
-            if method == "dream":
-                scores["phi"] = -net.phi(E[:, None]).diff()[:, 0]  # log-odds of class 0: OOD
+                scores["knn"] = knn(F.normalize(features[name]), F.normalize(D_in), args.knn_k)[0][:, -1]
+                scores |= {"phi": -net.phi(E[:, None]).diff()[:, 0]} if method == "dream" else {}  # log-odds of OOD
             for score, values in scores.items():
                 scored.setdefault((method, score), {})[name] = values.cpu().numpy().astype(np.float32)
                 if values.isnan().any():
                     fail(f"classifier_{method}.pt gives {score} scores that are NaN; run train_classifier.py again")
-            if name == "id":
-                predicted, labels = logits["g_in"].argmax(1).cpu(), arrays.get("test.labels")
-                accuracy = None if labels is None else id_accuracy(predicted, labels, config["whose_labels"])
-                facts[method] = {"id_accuracy": accuracy, "seed": config["seed"]}
-            if name != copies:
-                groups[name] = f[:: 1 + len(f) // 400], "tab:blue" if name == "id" else "tab:red"
-        if method in ("sd", "dream") and made in arrays:
-            y = arrays["y"] if method == "sd" and "y" in arrays else np.zeros(len(D_out), np.int64)
-            colours = np.array([f"C{i}" for i in (1, 2, 4, 5, 6, 7, 8, 9)])[
-                y % 8
-            ]  # one per pseudo-label, not blue or red
-            groups["outliers"] = D_out[:: 1 + len(y) // 400], colours[:: 1 + len(y) // 400]
-        tsne = groups if method in ("sd", "dream") or not tsne else tsne  # sd's, else dream's, else the first
+            if name == "id" and "test.labels" in arrays:  # of pseudo-labels after Hungarian matching
+                table = confusion_matrix(arrays["test.labels"], logits["g_in"].argmax(1).cpu())
+                hits = table[linear_sum_assignment(table, maximize=True)] if whose == "pseudo" else table.diagonal()
+                facts[method]["id_accuracy"] = float(hits.sum() / table.sum())
+        if method == "sd" or not tsne:
+            features.pop(COPIES, None)
+            tsne = {name: (f, np.repeat("C0" if name == "id" else "C3", len(f))) for name, f in features.items()}
+            if "sd_outliers" in arrays:  # one colour per pseudo-label, neither blue nor red
+                tsne["outliers"] = D_out, np.array([f"C{i}" for i in (1, 2, 4, 5, 6, 7, 8, 9)])[arrays["y"] % 8]
     for key, by_set in scored.items():
         for name, values in by_set.items():
             save(args.dir / "scores" / (re.sub(r"[^\w.,+-]+", "-", ".".join([*key, name])) + ".npy"), values)
@@ -423,74 +390,60 @@ def score_classifiers(args):
 
 
 def draw(folder, scored, tsne, seed):
-    """roc.png, a panel per OOD set; scores.png, one per method; tsne.png of at most 400 images per set."""
+    """roc.png, a panel per OOD set; scores.png, one per method; tsne.png of at most 300 images per set."""
     shown = {key: sets for key, sets in scored.items() if MAIN_SCORE[key[0]] == key[1]}
-    names = dict.fromkeys(name for sets in shown.values() for name in sets if name != "id")
-    width = {"roc": len(names), "scores": len(shown)} | ({"tsne": 1} if tsne else {})
-    figures = {name: Figure((5 * count, 4), layout="constrained") for name, count in width.items()}
-    axes = {name: figure.subplots(1, width[name], squeeze=False)[0] for name, figure in figures.items()}
-    for axis, name in zip(axes["roc"], names, strict=True):
-        for key, sets in ((key, sets) for key, sets in shown.items() if name in sets):
+    names = [name for name in next(iter(shown.values())) if name != "id"]
+    figures = [Figure((5 * count, 4), layout="constrained") for count in (len(names), len(shown), 1)]
+    for axis, name in zip(figures[0].subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for key, sets in shown.items():
             values = np.unique(np.concatenate([sets["id"], sets[name]]))[::-1]
             x, y = (1 - np.searchsorted(np.sort(s), values) / len(s) for s in (sets["id"], sets[name]))
             axis.plot([0, *x], [0, *y], label=", ".join(key))
         axis.set(title=name, xlabel="ID taken for OOD", ylabel="OOD found")
-    for axis, ((method, score), sets) in zip(axes["scores"], shown.items(), strict=True):
-        inner = np.concatenate([s.astype(np.float64) for s in sets.values()])
+    for axis, (key, sets) in zip(figures[1].subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+        inner = np.concatenate(list(sets.values()), dtype=np.float64)
         low, high = np.percentile([*inner[np.abs(inner) < 1e300]] or [0], [0.5, 99.5])
         for name, s in sets.items():  # tails and infinities go into the outer bins
             look = {"alpha": 0.5} if name == "id" else {"histtype": "step"}
-            shares = np.full(len(s), 1 / len(s))
-            axis.hist(np.clip(s.astype(np.float64), low, high), 40, (low, high), weights=shares, label=name, **look)
-        axis.set(title=method, xlabel=f"{score} (higher: more OOD)", ylabel="share of images")
+            axis.hist(np.clip(s, low, high), 40, range=(low, high), weights=[1 / len(s)] * len(s), label=name, **look)
+        axis.set(title=", ".join(key), xlabel="score (higher: more OOD)", ylabel="share of images")
     if tsne:
-        points = np.concatenate([f.cpu().numpy() for f, _ in tsne.values()])
+        thin = [(name, f[:: 1 + len(f) // 300].cpu(), c[:: 1 + len(f) // 300]) for name, (f, c) in tsne.items()]
+        points, axis = np.concatenate([f for _, f, _ in thin]), figures[2].subplots()
         mapper = TSNE(perplexity=min(30, (len(points) - 1) / 3), init="random", max_iter=500, random_state=seed % 2**32)
-        parts = np.split(mapper.fit_transform(points), np.cumsum([len(f) for f, _ in tsne.values()])[:-1])
-        for number, (part, (name, (_, colour))) in enumerate(zip(parts, tsne.items(), strict=True)):
-            axes["tsne"][0].scatter(*part.T, s=9, c=colour, marker="o^sDvP<>*x"[number % 10], label=name)
-    for name, figure in figures.items():
-        for axis in axes[name]:
+        parts = np.split(mapper.fit_transform(points), np.cumsum([len(f) for _, f, _ in thin])[:-1])
+        for (name, _, colours), marker, part in zip(thin, "os^Dv<>P*X" * len(thin), parts, strict=False):
+            axis.scatter(*part.T, s=9, c=colours, marker=marker, label=name)
+    for name, figure in zip(("roc", "scores", "tsne")[: 2 + bool(tsne)], figures, strict=False):
+        for axis in figure.axes:
             axis.legend()
         figure.savefig(folder / f".partial.{name}.png", dpi=150)
         os.replace(folder / f".partial.{name}.png", folder / f"{name}.png")
 
 
-def markdown(records, notes):
-    """results.md: in percent, a table per OOD set."""
-    text = "# Results\n\n95 % bootstrap intervals. FPR95: OOD taken for ID when 95 % of ID is kept (both papers);\nFPR95-OOD: "
-    text += "ID flagged when 95 % of OOD is found (OpenOOD).\n"
-    columns = "| method | score | AUROC | FPR95 | FPR95-OOD | AUPR-in | AUPR-out | ID accuracy | seed |\n|---|---|"
-    for i, r in enumerate(records):
-        if i == 0 or r["ood"] != records[i - 1]["ood"]:
-            text += (
-                f"\n## {r['id']} (n = {r['n_id']}) against {r['ood']} (n = {r['n_ood']})\n\n{columns}{7 * '---:|'}\n"
-            )
-        cells = [f"{r[m]:.1%} [{r[m + '_ci'][0]:.1%}, {r[m + '_ci'][1]:.1%}]" for m in ("auroc", "fpr95")]
-        cells += [f"{r[m]:.1%}" for m in ("fpr95_ood", "aupr_in", "aupr_out")]
-        cells += ["-" if r["id_accuracy"] is None else f"{r['id_accuracy']:.1%}", str(r["seed"])]
-        text += f"| {r['method']} | {r['score']} | {' | '.join(cells)} |\n"
-    return text + "".join(f"\n- {note}" for note in notes) + "\n"
-
-
 def main():
-    args = parse_args()
+    args, notes, tsne = parse_args(), [], {}
     if args.scores:
-        files = zip(["id", *args.names], args.scores, strict=True)
-        scored, notes, tsne = {("scores", "given"): {name: load_scores(path) for name, path in files}}, [], {}
-        args.data, facts = args.scores[0].name, {"scores": {"id_accuracy": None, "seed": args.seed}}
+        scored = {("scores", "given"): dict(zip(["id", *args.names], map(load_scores, args.scores), strict=True))}
+        facts, args.data = {"scores": {"id_accuracy": None, "seed": args.seed}}, args.scores[0].name
     else:
         scored, facts, notes, tsne = score_classifiers(args)
-    jobs = [(name, *key) for key, sets in scored.items() for name in sets if name != "id"]
-    jobs, records = sorted(jobs, key=lambda job: [*args.names, job[0]].index(job[0])), []  # grouped by OOD set
-    for ood, method, score in tqdm(jobs, desc="bootstrap", leave=False):
-        record = {"method": method, "score": score, "id": args.data, "ood": ood} | facts[method]
-        sets = scored[method, score]
-        records.append(record | metrics(sets["id"], sets[ood], args.bootstrap, args.seed))
-    save(args.dir / "results.md", text := markdown(records, notes))
+    records, jobs = [], [(ood, key) for ood in [*args.names, COPIES] for key in scored if ood in scored[key]]
+    text = "# Results in percent\n\n95 % bootstrap intervals. FPR95: OOD taken for ID; FPR95-OOD: ID for OOD.\n"
+    heads = f"| method | score | AUROC | FPR95 | FPR95-OOD | AUPR-in | AUPR-out | ID accuracy | seed |\n{'|---' * 9}|\n"
+    for ood, key in tqdm(jobs, desc="bootstrap", leave=False):
+        r = {"method": key[0], "score": key[1], "id": args.data, "ood": ood} | facts[key[0]]
+        r |= metrics(scored[key]["id"], scored[key][ood], args.bootstrap, args.seed)
+        if not records or ood != records[-1]["ood"]:
+            text += f"\n## {args.data} (n = {r['n_id']}) against {ood} (n = {r['n_ood']})\n\n{heads}"
+        cells = [f"{r[m]:.1%} [{r[m + '_ci'][0]:.1%}, {r[m + '_ci'][1]:.1%}]" for m in ("auroc", "fpr95")]
+        cells += ["-" if r[m] is None else f"{r[m]:.1%}" for m in ("fpr95_ood", "aupr_in", "aupr_out", "id_accuracy")]
+        text += f"| {' | '.join([*key, *cells, str(r['seed'])])} |\n"
+        records.append(r)
+    save(args.dir / "results.md", text := "".join([text, "\n", *(f"- {note}\n" for note in notes)]))
     save(args.dir / "results.json", json.dumps(records, indent=1, allow_nan=False) + "\n")
     draw(args.dir, scored, tsne, args.seed)
-    print(text + f"\nwrote results.json, results.md, pictures{'' if args.scores else ', scores/'} to {args.dir}")
+    print(f"{text}wrote results.json, results.md, pictures{'' if args.scores else ', scores/'} to {args.dir}")
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 RECIPES = {  # option: help, value per recipe. cifar10: S and w as published
     "recipe": ("column of the table RECIPES", "digits", "cifar10"),
-    "S": ("start step of the linear T = 1000 schedule", 300, 100),
+    "S": ("start step of the linear T = 1000 schedule", 150, 100),
     "w": ("guidance weight; diffusers' scale is 1 + w", 2.0, 2.0),
-    "steps": ("dpmpp: steps from S to 0", 10, 10),
+    "steps": ("dpmpp: steps from S to 0", 20, 20),
     "batch_size": ("images denoised at a time", 256, 256),
 }
 
@@ -125,6 +125,15 @@ def guided_noise(unet, x_t, t, c, null, w):
     return (1 + w) * eps_c - w * eps
 
 
+def quadratic_steps(start, steps):
+    """At most `steps` timesteps from start to 0, denser near 0.
+
+    With 20 of them DPM-Solver++ 2M follows the exact flow of Gaussian data from S = 100 to 0.2 percent; evenly spaced,
+    which is coarse where the last of the noise goes, to 0.8 percent, and from T = 1000 to 22 instead of 3 percent.
+    """
+    return np.unique(np.rint(start * np.linspace(0, 1, steps) ** 2).astype(int))[::-1].tolist()
+
+
 def image_seed(seed, index):
     """Seed of one image's noise: the same whatever the batch, order or process."""
     return int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
@@ -150,7 +159,7 @@ def half_noise_and_denoise(unet, scheduler, x, c_r, seeds, args):
     x_t = abar_S.sqrt() * x + (1 - abar_S).sqrt() * eps
     if args.sampler == "dpmpp":  # 2M, x_0 clipped to [-1, 1], on a list of steps that starts at S
         solver = DPMSolverMultistepScheduler.from_config(scheduler.config, thresholding=True, sample_max_value=1.0)
-        timesteps = np.linspace(args.S, 0, args.steps, endpoint=False).round().astype(int).tolist()
+        timesteps = quadratic_steps(args.S, args.steps)
         solver.set_timesteps(timesteps=timesteps)
     else:  # ancestral sampling, every step
         solver, timesteps = DDPMScheduler.from_config(scheduler.config, clip_sample=True), range(args.S, -1, -1)

@@ -121,6 +121,18 @@ def build_backbone(arch):
     return net, width
 
 
+def in_format_of(id_images, images):
+    """Images (M, H, W, 3) uint8 in the format of the ID data: grey if that is grey, at the grey levels that it has.
+
+    Digits have 17 levels, photographs 256: else a detector could tell images by their format, whatever they show.
+    """
+    sample = np.asarray(id_images[:1000])
+    if (sample == sample[..., :1]).all():
+        images = np.rint(images @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)[..., None].repeat(3, axis=3)
+    levels = np.unique(sample).astype(int)
+    return levels[np.abs(np.arange(256)[:, None] - levels).argmin(1)].astype(np.uint8)[images]
+
+
 class Detector(nn.Module):
     """A backbone f with the linear heads of one method, on images (B, 3, H, W) in [-1, 1].
 
@@ -268,7 +280,11 @@ def load_training_data(method, args):
         other, other_labels = load_sd_images(args.dir / "sd_outliers.npy", images, labels)
         if args.reconstructions:
             copies, copy_labels = load_sd_images(args.dir / "sd_reconstructions.npy", images, labels)
-            images, labels = np.concatenate([images, copies]), np.concatenate([labels, copy_labels])
+            images, labels = (
+                np.concatenate([images, in_format_of(images, copies)]),
+                np.concatenate([labels, copy_labels]),
+            )
+    other = None if other is None else in_format_of(images, other)
     return images, labels, other, other_labels, "dataset" if source == dataset else "pseudo"
 
 

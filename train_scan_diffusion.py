@@ -400,7 +400,7 @@ def train_diffusion(images, labels, classes, args):
     ema.copy_to(unet.eval().parameters())
     # A sheet of samples per class, from images of the class noised to t_max: at 1000 nothing of them is left.
     solver = DPMSolverMultistepScheduler.from_config(scheduler.config, thresholding=True, sample_max_value=1.0)
-    solver.set_timesteps(timesteps=np.linspace(args.t_max - 1, 1, 20).round().astype(int).tolist())
+    solver.set_timesteps(timesteps=np.rint((args.t_max - 1) * np.linspace(1, 0, 20) ** 2).astype(int).tolist())
     c_d = torch.arange(classes, device=images.device).repeat_interleave(12)
     own = images[((labels == c_d[:, None]) + 1e-9).multinomial(1).flatten()]
     x = scheduler.add_noise(own, torch.randn_like(own), torch.full_like(c_d, args.t_max - 1))

@@ -10,7 +10,6 @@ writes   results.json (fractions; null: no such figure, or an infinite threshold
          tsne.png, scores/<method>.<score>.<set>.npy (N,) float32 in data-set order
 
 python evaluate.py                                               # digits 0-5 against 6-9 and photographs: seconds
-python evaluate.py --dir runs/cifar10 --ood-data arrays/svhn photos/
 python evaluate.py --dir runs/mine --scores id.npy ood.npy       # any detector; no model, no data set
 """
 
@@ -33,11 +32,12 @@ from sklearn.datasets import load_digits, load_sample_images
 from sklearn.manifold import TSNE
 from sklearn.metrics import average_precision_score, confusion_matrix
 from torch import nn
-from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 RECIPES = {  # option: help, value per recipe
     "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100"),
+    "seed": ("seed of bootstrap and t-SNE, 0 for the first run", 0, 0, 0),
     "batch_size": ("images per forward pass", 512, 512, 512),
     "k": ("sd: neighbours that are summed, k of paper B", 2, 2, 2),
     "knn_k": ("knn: the score is the distance to this neighbour", 10, 50, 50),
@@ -56,21 +56,24 @@ def parse_recipe(parser):
     """Add an option per row of RECIPES, parse, and fill in args.data, args.device and what the recipe gives."""
     parser.error = lambda message: fail(f"{message}; see --help", 2)
     for option, (text, *values) in RECIPES.items():
-        kind = {"choices": values} if option == "recipe" else {"type": type(values[0])}
-        text += " (default: the data set's)" if option == "recipe" else f" (default: {' | '.join(map(str, values))})"
-        parser.add_argument("--" + option.replace("_", "-"), help=text, **kind)
+        choices = (
+            [values] * (option == "recipe") + [word.split("|") for word in text.split() if "|" in word] + [None]
+        )[0]
+        text += f" (default: {'of the data set' if option == 'recipe' else ', '.join(map(str, values))})"
+        parser.add_argument("--" + option.replace("_", "-"), help=text, choices=choices, type=type(values[0]))
     args, columns = parser.parse_args(), RECIPES["recipe"][1:]
     by_hand = str(args.dir) if (args.dir / "train.npy").exists() else "digits:0-5"
     args.data = getattr(args, "data", None) or read_description(args.dir).get("name", by_hand)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    args.device = args.device or devices[0]
     name = args.recipe or Path(args.data.split(":")[0]).stem
-    if name not in columns:
-        fail(f"no recipe is named after the data set '{name}'; add --recipe {{{','.join(columns)}}}", 2)
-    for option, (_, *values) in RECIPES.items():
-        given = getattr(args, option)
+    if name not in columns or args.device.split(":")[0] not in devices:
+        fail(f"no recipe for the data set '{name}' (--recipe {'|'.join(columns)}), or no --device {args.device}", 2)
+    for option, (text, *values) in RECIPES.items():
+        given, least = getattr(args, option), "at least" if "0 for" in text else "above"
         setattr(args, option, value := values[columns.index(name)] if given is None else given)
-        if not isinstance(value, str) and not (0 < value < math.inf or value == 0 and 0 in values):
-            fail(f"--{option.replace('_', '-')} is {value}; it must be {'at least' if 0 in values else 'above'} 0", 2)
+        if not isinstance(value, str) and not (0 < value < math.inf or value == 0 and least != "above"):
+            fail(f"--{option.replace('_', '-')} is {value}; it must be {least} 0", 2)
     print("recipe", "  ".join(f"{option}={getattr(args, option)}" for option in RECIPES))
     return args
 
@@ -84,13 +87,12 @@ def parse_args():
     parser.add_argument("--alpha", type=float, help="sd: weight of a vote (default: median ID distance score / k)")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples per interval (default: %(default)s)")
     parser.add_argument("--device", help="torch device (default: cuda, mps or cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of bootstrap and t-SNE (default: %(default)s)")
     parser.set_defaults(data="digits" if "--scores" in sys.argv else None)  # score files need no recipe
     args = parse_recipe(parser)
     args.names = [path.name for path in args.scores[1:]] if args.scores else args.ood_data
     named = args.names and len({"id", *args.names}) > len(args.names)
-    if not named or args.bootstrap < 1 or args.seed < 0 or not 0 <= (args.alpha or 0) < math.inf:
-        fail("give OOD sets of different names, --bootstrap of at least 1, --seed and --alpha of at least 0", 2)
+    if not named or args.bootstrap < 1 or not 0 <= (args.alpha or 0) < math.inf:
+        fail("give OOD sets of different names, --bootstrap of at least 1, --alpha of at least 0", 2)
     return args
 
 
@@ -107,12 +109,11 @@ def load_array(path, shape, dtype, writer):
     """Map an .npy file and check it: None in `shape` is any length, labels (int) are >= 0, floats are finite."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        fits = array.dtype == dtype and array.ndim == len(shape) and array.size > 0
-    except (OSError, ValueError, EOFError, AttributeError):
+        fits = array.dtype == dtype and array.size and len(shape) == array.ndim
+    except Exception:  # NumPy raises of every kind on damaged files
         fail(f"{path} is {'not a complete .npy array' if path.exists() else 'missing'}; run {writer}")
-    if not fits or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
-        wanted = f"{np.dtype(dtype)} {shape}".replace("None", "any")
-        fail(f"{path} holds {array.dtype} {array.shape}, expected {wanted}; run {writer} again")
+    if not fits or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):  # None: any
+        fail(f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; run {writer} again")
     if array.dtype.kind == "f" and not np.isfinite(array).all() or array.dtype.kind == "i" and array.min() < 0:
         fail(f"{path} holds NaN, infinite or negative values; run {writer} again")
     return array
@@ -121,16 +122,16 @@ def load_array(path, shape, dtype, writer):
 def read_description(folder):
     """data.json of the shared directory; {} where there is none (arrays brought by hand)."""
     try:
-        return json.loads((folder / "data.json").read_text()) if (folder / "data.json").exists() else {}
-    except ValueError:
+        return dict(json.loads((folder / "data.json").read_text())) if (folder / "data.json").exists() else {}
+    except (ValueError, TypeError):
         fail(f"{folder / 'data.json'} is damaged; delete it and run the first script again")
 
 
 def read_picture(source, size):
     """A file, PIL image or (H, W, 3) uint8 array -> (size, size, 3) uint8: short side to size, centre square."""
     try:
-        image = Image.open(source) if isinstance(source, Path) else TF.to_pil_image(source)
-        return np.array(TF.center_crop(TF.resize(image.convert("RGB"), size), size))
+        image = Image.open(source) if isinstance(source, Path) else v2.functional.to_pil_image(source)
+        return np.array(v2.functional.center_crop(v2.functional.resize(image.convert("RGB"), size), size))
     except (OSError, ValueError, SyntaxError) as error:
         fail(f"{source} cannot be read as a picture ({error}); mend it or remove it")
 
@@ -142,8 +143,7 @@ def read_images(spec, split, size):
     """
     name, _, subset = spec.partition(":")
     path, part, labels, names = Path(name), "train" if split == "train" else "test", None, None
-    file = path / f"{part}.npy"
-    divided = file.exists() or (path / part).is_dir()
+    divided = (file := path / f"{part}.npy").exists() or (path / part).is_dir()
     if name == "digits":
         (pictures, labels), names = load_digits(return_X_y=True), list("0123456789")
         pictures = np.rint(pictures * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1).repeat(3, axis=3)
@@ -184,11 +184,10 @@ def read_images(spec, split, size):
 def build_backbone(arch):
     """(B, 3, H, W) in [-1, 1] -> features (B, D); returns also D. small: for digits; resnet*: CIFAR stem."""
     if arch == "small":
-        layers, width = [], 3
-        for out, stride in ((32, 1), (64, 1), (128, 2), (128, 2)):
-            layers += [nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-            width = out
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 4 * width
+        layers = []
+        for a, b, stride in ((3, 32, 1), (32, 64, 1), (64, 128, 2), (128, 128, 2)):
+            layers += [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 512
     net = getattr(torchvision.models, arch)()
     net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     width, net.fc = net.fc.in_features, nn.Identity()
@@ -236,8 +235,6 @@ def energy(logits, T=1.0):
 
 def knn(queries, bank, k, chunk=1024):
     """Distances and indices (N, k), nearest first, of the rows of bank (M, D) around queries (N, D), float32."""
-    if not 0 < k <= len(bank):
-        fail(f"k = {k} nearest neighbours asked for among {len(bank)}; choose another k")
     centre, found = bank.mean(0), []
     half = (bank - centre).square().sum(1) / 2
     for q in tqdm(queries.split(chunk), desc="neighbours", delay=1, leave=False):  # a few candidates more, then exact
@@ -317,6 +314,8 @@ def read_directory(args):
         if writer == first or path.exists() or name == "sd_outliers" and "sd" in methods:
             arrays[name] = load_array(path, (data.get(name), size, size, 3), np.uint8, writer)
             size = arrays[name].shape[1]
+    if max(args.k, args.knn_k) >= len(arrays["train"]):
+        fail(f"--k {args.k} and --knn-k {args.knn_k} must be below {len(arrays['train'])}, the ID training images", 2)
     for name, images in (("test.labels", "test"), ("train.labels", "train"), ("pseudo_labels", "train")):
         if (path := args.dir / f"{name}.npy").exists():
             arrays[name] = load_array(path, arrays[images].shape[:1], np.int64, first)

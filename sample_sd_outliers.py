@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 RECIPES = {  # option: help, value per recipe. cifar10: S and w as published
     "recipe": ("column of the table RECIPES", "digits", "cifar10"),
+    "seed": ("seed of every random number, 0 for the first run", 0, 0),
     "S": ("start step of the linear T = 1000 schedule", 150, 100),
-    "w": ("guidance weight; diffusers' scale is 1 + w", 2.0, 2.0),
+    "w": ("guidance weight, 0 for none; diffusers' scale is 1 + w", 2.0, 2.0),
     "steps": ("dpmpp: steps from S to 0", 20, 20),
     "batch_size": ("images denoised at a time", 256, 256),
 }
@@ -49,21 +50,24 @@ def parse_recipe(parser):
     """Add an option per row of RECIPES, parse, and fill in args.data, args.device and what the recipe gives."""
     parser.error = lambda message: fail(f"{message}; see --help", 2)
     for option, (text, *values) in RECIPES.items():
-        kind = {"choices": values} if option == "recipe" else {"type": type(values[0])}
-        text += " (default: the data set's)" if option == "recipe" else f" (default: {' | '.join(map(str, values))})"
-        parser.add_argument("--" + option.replace("_", "-"), help=text, **kind)
+        choices = (
+            [values] * (option == "recipe") + [word.split("|") for word in text.split() if "|" in word] + [None]
+        )[0]
+        text += f" (default: {'of the data set' if option == 'recipe' else ', '.join(map(str, values))})"
+        parser.add_argument("--" + option.replace("_", "-"), help=text, choices=choices, type=type(values[0]))
     args, columns = parser.parse_args(), RECIPES["recipe"][1:]
     by_hand = str(args.dir) if (args.dir / "train.npy").exists() else "digits:0-5"
     args.data = getattr(args, "data", None) or read_description(args.dir).get("name", by_hand)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    args.device = args.device or devices[0]
     name = args.recipe or Path(args.data.split(":")[0]).stem
-    if name not in columns:
-        fail(f"no recipe is named after the data set '{name}'; add --recipe {{{','.join(columns)}}}", 2)
-    for option, (_, *values) in RECIPES.items():
-        given = getattr(args, option)
+    if name not in columns or args.device.split(":")[0] not in devices:
+        fail(f"no recipe for the data set '{name}' (--recipe {'|'.join(columns)}), or no --device {args.device}", 2)
+    for option, (text, *values) in RECIPES.items():
+        given, least = getattr(args, option), "at least" if "0 for" in text else "above"
         setattr(args, option, value := values[columns.index(name)] if given is None else given)
-        if not isinstance(value, str) and not (0 < value < math.inf or value == 0 and 0 in values):
-            fail(f"--{option.replace('_', '-')} is {value}; it must be {'at least' if 0 in values else 'above'} 0", 2)
+        if not isinstance(value, str) and not (0 < value < math.inf or value == 0 and least != "above"):
+            fail(f"--{option.replace('_', '-')} is {value}; it must be {least} 0", 2)
     print("recipe", "  ".join(f"{option}={getattr(args, option)}" for option in RECIPES))
     return args
 
@@ -81,12 +85,11 @@ def load_array(path, shape, dtype, writer):
     """Map an .npy file and check it: None in `shape` is any length, labels (int) are >= 0, floats are finite."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        fits = array.dtype == dtype and array.ndim == len(shape) and array.size > 0
-    except (OSError, ValueError, EOFError, AttributeError):
+        fits = array.dtype == dtype and array.size and len(shape) == array.ndim
+    except Exception:  # NumPy raises of every kind on damaged files
         fail(f"{path} is {'not a complete .npy array' if path.exists() else 'missing'}; run {writer}")
-    if not fits or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
-        wanted = f"{np.dtype(dtype)} {shape}".replace("None", "any")
-        fail(f"{path} holds {array.dtype} {array.shape}, expected {wanted}; run {writer} again")
+    if not fits or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):  # None: any
+        fail(f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; run {writer} again")
     if array.dtype.kind == "f" and not np.isfinite(array).all() or array.dtype.kind == "i" and array.min() < 0:
         fail(f"{path} holds NaN, infinite or negative values; run {writer} again")
     return array
@@ -95,8 +98,8 @@ def load_array(path, shape, dtype, writer):
 def read_description(folder):
     """data.json of the shared directory; {} where there is none (arrays brought by hand)."""
     try:
-        return json.loads((folder / "data.json").read_text()) if (folder / "data.json").exists() else {}
-    except ValueError:
+        return dict(json.loads((folder / "data.json").read_text())) if (folder / "data.json").exists() else {}
+    except (ValueError, TypeError):
         fail(f"{folder / 'data.json'} is damaged; delete it and run the first script again")
 
 
@@ -107,10 +110,10 @@ def load_diffusion(folder):
     try:
         unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
         scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
-    except (OSError, ValueError, RuntimeError) as error:
+        notes = folder / "training.json"
+        t_max = json.loads(notes.read_text())["t_max"] if notes.exists() else scheduler.config.num_train_timesteps
+    except Exception as error:  # diffusers, safetensors and json know many
         fail(f"{folder} does not load ({str(error).splitlines()[0]}); run train_scan_diffusion.py again")
-    notes = folder / "training.json"
-    t_max = json.loads(notes.read_text())["t_max"] if notes.exists() else scheduler.config.num_train_timesteps
     return unet, scheduler, t_max
 
 
@@ -200,7 +203,6 @@ def parse_args():
     text = "dpmpp: DPM-Solver++ 2M in --steps steps; ddpm: ancestral, S + 1 steps (default: %(default)s)"
     parser.add_argument("--sampler", choices=("dpmpp", "ddpm"), default="dpmpp", help=text)
     parser.add_argument("--device", help="torch device (default: cuda, mps or cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: %(default)s)")
     args = parse_recipe(parser)
     args.diffusion = args.diffusion or args.dir / "diffusion"
     return args

@@ -31,18 +31,19 @@ from tqdm import tqdm
 
 RECIPES = {  # option: help, value per recipe. cifar100: paper A as released; cifar10: the same for one GPU
     "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100"),
-    "arch": ("backbone: small, resnet18 or resnet34", "small", "resnet34", "resnet34"),
+    "seed": ("seed of every random number, 0 for the first run", 0, 0, 0),
+    "arch": ("backbone, small|resnet18|resnet34", "small", "resnet34", "resnet34"),
     "epochs": ("passes over the ID images", 40, 200, 200),
     "batch_size": ("ID images per step; as many outliers come with them", 64, 256, 256),
     "lr": ("learning rate of SGD, cosine per step to 1e-6", 0.1, 0.1, 0.1),
-    "weight_decay": ("weight decay", 5e-4, 5e-4, 5e-4),
-    "beta": ("dream: weight of the energy regularisation", 1.0, 2.5, 2.5),
+    "weight_decay": ("weight decay, 0 for none", 5e-4, 5e-4, 5e-4),
+    "beta": ("dream: weight of the energy regularisation, 0 for none", 1.0, 2.5, 2.5),
     "phi_hidden": ("dream: width of phi's hidden layer, 0 for a linear phi (paper A, ImageNet-100: 512)", 0, 0, 0),
-    "lam": ("sd: weight of g_out's loss", 0.5, 0.5, 0.5),
-    "shift": ("augmentation: largest shift, px", 1, 4, 4),
-    "degrees": ("augmentation: largest turn", 10, 0, 0),
+    "lam": ("sd: weight of g_out's loss, 0 for none", 0.5, 0.5, 0.5),
+    "shift": ("augmentation: largest shift, px, 0 for none", 1, 4, 4),
+    "degrees": ("augmentation: largest turn, degrees, 0 for none", 10, 0, 0),
     "zoom": ("augmentation: largest scale factor", 1.1, 1.0, 1.0),
-    "flip": ("augmentation: 1 to mirror at random, else 0", 0, 1, 1),
+    "flip": ("augmentation: 1 to mirror at random, 0 for not", 0, 1, 1),
 }
 
 
@@ -56,21 +57,24 @@ def parse_recipe(parser):
     """Add an option per row of RECIPES, parse, and fill in args.data, args.device and what the recipe gives."""
     parser.error = lambda message: fail(f"{message}; see --help", 2)
     for option, (text, *values) in RECIPES.items():
-        kind = {"choices": values} if option == "recipe" else {"type": type(values[0])}
-        text += " (default: the data set's)" if option == "recipe" else f" (default: {' | '.join(map(str, values))})"
-        parser.add_argument("--" + option.replace("_", "-"), help=text, **kind)
+        choices = (
+            [values] * (option == "recipe") + [word.split("|") for word in text.split() if "|" in word] + [None]
+        )[0]
+        text += f" (default: {'of the data set' if option == 'recipe' else ', '.join(map(str, values))})"
+        parser.add_argument("--" + option.replace("_", "-"), help=text, choices=choices, type=type(values[0]))
     args, columns = parser.parse_args(), RECIPES["recipe"][1:]
     by_hand = str(args.dir) if (args.dir / "train.npy").exists() else "digits:0-5"
     args.data = getattr(args, "data", None) or read_description(args.dir).get("name", by_hand)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    args.device = args.device or devices[0]
     name = args.recipe or Path(args.data.split(":")[0]).stem
-    if name not in columns:
-        fail(f"no recipe is named after the data set '{name}'; add --recipe {{{','.join(columns)}}}", 2)
-    for option, (_, *values) in RECIPES.items():
-        given = getattr(args, option)
+    if name not in columns or args.device.split(":")[0] not in devices:
+        fail(f"no recipe for the data set '{name}' (--recipe {'|'.join(columns)}), or no --device {args.device}", 2)
+    for option, (text, *values) in RECIPES.items():
+        given, least = getattr(args, option), "at least" if "0 for" in text else "above"
         setattr(args, option, value := values[columns.index(name)] if given is None else given)
-        if not isinstance(value, str) and not (0 < value < math.inf or value == 0 and 0 in values):
-            fail(f"--{option.replace('_', '-')} is {value}; it must be {'at least' if 0 in values else 'above'} 0", 2)
+        if not isinstance(value, str) and not (0 < value < math.inf or value == 0 and least != "above"):
+            fail(f"--{option.replace('_', '-')} is {value}; it must be {least} 0", 2)
     print("recipe", "  ".join(f"{option}={getattr(args, option)}" for option in RECIPES))
     return args
 
@@ -88,12 +92,11 @@ def load_array(path, shape, dtype, writer):
     """Map an .npy file and check it: None in `shape` is any length, labels (int) are >= 0, floats are finite."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        fits = array.dtype == dtype and array.ndim == len(shape) and array.size > 0
-    except (OSError, ValueError, EOFError, AttributeError):
+        fits = array.dtype == dtype and array.size and len(shape) == array.ndim
+    except Exception:  # NumPy raises of every kind on damaged files
         fail(f"{path} is {'not a complete .npy array' if path.exists() else 'missing'}; run {writer}")
-    if not fits or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
-        wanted = f"{np.dtype(dtype)} {shape}".replace("None", "any")
-        fail(f"{path} holds {array.dtype} {array.shape}, expected {wanted}; run {writer} again")
+    if not fits or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):  # None: any
+        fail(f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; run {writer} again")
     if array.dtype.kind == "f" and not np.isfinite(array).all() or array.dtype.kind == "i" and array.min() < 0:
         fail(f"{path} holds NaN, infinite or negative values; run {writer} again")
     return array
@@ -102,19 +105,18 @@ def load_array(path, shape, dtype, writer):
 def read_description(folder):
     """data.json of the shared directory; {} where there is none (arrays brought by hand)."""
     try:
-        return json.loads((folder / "data.json").read_text()) if (folder / "data.json").exists() else {}
-    except ValueError:
+        return dict(json.loads((folder / "data.json").read_text())) if (folder / "data.json").exists() else {}
+    except (ValueError, TypeError):
         fail(f"{folder / 'data.json'} is damaged; delete it and run the first script again")
 
 
 def build_backbone(arch):
     """(B, 3, H, W) in [-1, 1] -> features (B, D); returns also D. small: for digits; resnet*: CIFAR stem."""
     if arch == "small":
-        layers, width = [], 3
-        for out, stride in ((32, 1), (64, 1), (128, 2), (128, 2)):
-            layers += [nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-            width = out
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 4 * width
+        layers = []
+        for a, b, stride in ((3, 32, 1), (32, 64, 1), (64, 128, 2), (128, 128, 2)):
+            layers += [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 512
     net = getattr(torchvision.models, arch)()
     net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     width, net.fc = net.fc.in_features, nn.Identity()
@@ -249,7 +251,6 @@ def parse_args():
         help="sd: add sd_reconstructions.npy, generated copies with the right label, to the ID images",
     )
     parser.add_argument("--device", help="torch device (default: cuda, mps or cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: %(default)s)")
     args = parse_recipe(parser)
     if args.zoom < 1:
         fail(f"--zoom is {args.zoom}; it must be at least 1", 2)

@@ -1,8 +1,7 @@
 """Paper B, steps 1 and 2: pseudo-labels by SCAN, then a class-conditional diffusion model.
 
-SCAN (Van Gansbeke et al., ECCV 2020) finds C clusters in images without labels in four stages: SimCLR pretext, nearest
-neighbours, SCAN loss, self-labelling. A UNet then learns to predict the noise of x_t given c_d = (pseudo-label, t), its
-label dropped now and then for classifier-free guidance. --labels dataset skips SCAN: the upper bound of paper B.
+SCAN (Van Gansbeke et al., ECCV 2020) finds C clusters; a UNet then predicts the noise of x_t given c_d = (pseudo-label,
+t), the label at times dropped for classifier-free guidance. --labels dataset skips SCAN: the upper bound of paper B.
 
 reads    the ID data set (--data), or the arrays that are in --dir already
 writes   data.json, {train,test}.npy (N, H, W, 3) uint8 and, where known, {train,test}.labels.npy (N,) int64; scan.pt,
@@ -14,6 +13,7 @@ python train_scan_diffusion.py --data data/cifar10 --dir runs/cifar10   # publis
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -33,44 +33,43 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits, load_sample_images
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-from sklearn.metrics.cluster import contingency_matrix
+from sklearn.metrics import adjusted_rand_score, confusion_matrix, normalized_mutual_info_score
 from torch import nn
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 RECIPES = {  # option: help, value per recipe. cifar10: SCAN as published; the diffusion model's figures are ours
     "recipe": ("column of the table RECIPES", "digits", "cifar10"),
+    "seed": ("seed of every random number, 0 for the first run", 0, 0),
     "image_size": ("stored height and width of images, px", 8, 32),
-    "arch": ("clustering network: small, resnet18 or resnet34", "small", "resnet18"),
-    "augment": ("views: affine (turn, shift, intensity) or colour (the sets of SimCLR and SCAN)", "affine", "colour"),
+    "arch": ("clustering network, small|resnet18|resnet34", "small", "resnet18"),
+    "augment": ("views, affine|colour : turn, shift and intensity, or the sets of SimCLR and SCAN", "affine", "colour"),
     "pretext_epochs": ("SimCLR: epochs", 100, 500),
     "pretext_batch": ("SimCLR: images per step", 256, 512),
     "pretext_lr": ("SimCLR: learning rate of SGD, cosine to a thousandth", 0.2, 0.4),
     "tau": ("SimCLR: temperature of NT-Xent", 0.1, 0.1),
-    "K": ("SCAN: nearest neighbours per image", 10, 20),
-    "scan_epochs": ("SCAN loss: epochs", 50, 50),
+    "K": ("SCAN: nearest neighbours per image", 5, 20),
+    "starts": ("SCAN loss: starts, of which the one of lowest loss is kept", 3, 1),
+    "scan_epochs": ("SCAN loss: epochs", 40, 50),
     "scan_batch": ("SCAN loss: images per step; its entropy wants at least 10 C", 128, 128),
-    "lambda_e": ("SCAN loss: weight of the entropy", 5.0, 5.0),
+    "lambda_e": ("SCAN loss: weight of the entropy, 0 for none", 5.0, 5.0),
     "scan_lr": ("SCAN loss: learning rate of Adam", 1e-3, 1e-4),
-    "selflabel_epochs": ("self-labelling: epochs", 20, 200),
+    "selflabel_epochs": ("self-labelling: epochs, 0 for none", 20, 200),
     "selflabel_batch": ("self-labelling: images per step", 256, 1000),
     "selflabel_lr": ("self-labelling: learning rate of Adam", 1e-4, 1e-4),
     "confidence": ("self-labelling: least softmax confidence of a trusted image", 0.99, 0.99),
     "channels": ("UNet: channels per resolution", "32,64", "128,256,256,256"),
     "layers": ("UNet: residual blocks per resolution; attention at 16 px and in the middle", 1, 2),
-    "dropout": ("UNet: dropout", 0.0, 0.1),
-    "flip": ("diffusion: 1 if a mirrored image keeps its class, else 0", 0, 1),
+    "dropout": ("UNet: dropout, 0 for none", 0.0, 0.1),
+    "flip": ("diffusion: 1 if a mirrored image keeps its class, 0 for not", 0, 1),
     "steps": ("diffusion: training steps", 1500, 200_000),
     "batch_size": ("diffusion: images per step", 64, 128),
     "lr": ("diffusion: learning rate of AdamW", 2e-3, 2e-4),
     "ema": ("diffusion: decay of the weight average", 0.995, 0.9999),
-    "p_drop": ("diffusion: share of images trained without label", 0.1, 0.1),
+    "p_drop": ("diffusion: share of images trained without label, 0 for none", 0.1, 0.1),
     "t_max": ("diffusion: train on t < t_max <= 1000; below 1000 only sample_sd_outliers.py can use it", 1000, 1000),
 }
-DATA_HELP = "ID data: NAME[:CLASSES], e.g. digits:0-5, a folder of images or arrays, a .npy file (default: digits:0-5)"
 
 
 def fail(message, status=1):
@@ -83,21 +82,24 @@ def parse_recipe(parser):
     """Add an option per row of RECIPES, parse, and fill in args.data, args.device and what the recipe gives."""
     parser.error = lambda message: fail(f"{message}; see --help", 2)
     for option, (text, *values) in RECIPES.items():
-        kind = {"choices": values} if option == "recipe" else {"type": type(values[0])}
-        text += " (default: the data set's)" if option == "recipe" else f" (default: {' | '.join(map(str, values))})"
-        parser.add_argument("--" + option.replace("_", "-"), help=text, **kind)
+        choices = (
+            [values] * (option == "recipe") + [word.split("|") for word in text.split() if "|" in word] + [None]
+        )[0]
+        text += f" (default: {'of the data set' if option == 'recipe' else ', '.join(map(str, values))})"
+        parser.add_argument("--" + option.replace("_", "-"), help=text, choices=choices, type=type(values[0]))
     args, columns = parser.parse_args(), RECIPES["recipe"][1:]
     by_hand = str(args.dir) if (args.dir / "train.npy").exists() else "digits:0-5"
     args.data = getattr(args, "data", None) or read_description(args.dir).get("name", by_hand)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    args.device = args.device or devices[0]
     name = args.recipe or Path(args.data.split(":")[0]).stem
-    if name not in columns:
-        fail(f"no recipe is named after the data set '{name}'; add --recipe {{{','.join(columns)}}}", 2)
-    for option, (_, *values) in RECIPES.items():
-        given = getattr(args, option)
+    if name not in columns or args.device.split(":")[0] not in devices:
+        fail(f"no recipe for the data set '{name}' (--recipe {'|'.join(columns)}), or no --device {args.device}", 2)
+    for option, (text, *values) in RECIPES.items():
+        given, least = getattr(args, option), "at least" if "0 for" in text else "above"
         setattr(args, option, value := values[columns.index(name)] if given is None else given)
-        if not isinstance(value, str) and not (0 < value < math.inf or value == 0 and 0 in values):
-            fail(f"--{option.replace('_', '-')} is {value}; it must be {'at least' if 0 in values else 'above'} 0", 2)
+        if not isinstance(value, str) and not (0 < value < math.inf or value == 0 and least != "above"):
+            fail(f"--{option.replace('_', '-')} is {value}; it must be {least} 0", 2)
     print("recipe", "  ".join(f"{option}={getattr(args, option)}" for option in RECIPES))
     return args
 
@@ -105,14 +107,16 @@ def parse_recipe(parser):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/digits"), help="shared directory (default: %(default)s)")
-    parser.add_argument("--data", help=DATA_HELP)
+    parser.add_argument(
+        "--data", help="digits[:0-5], a folder of images or arrays, or a .npy file (default: digits:0-5)"
+    )
     parser.add_argument("--labels", choices=("scan", "dataset"), default="scan", help="whose (default: %(default)s)")
     parser.add_argument("--clusters", type=int, help="C (default: the data set's number of classes)")
     parser.add_argument("--device", help="torch device (default: cuda, mps or cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: %(default)s)")
     args = parse_recipe(parser)
-    if args.t_max > 1000 or args.p_drop >= 1 or args.confidence >= 1 or (args.clusters or 2) < 2:
-        fail("--t-max is at most 1000, --p-drop and --confidence are below 1, --clusters is at least 2", 2)
+    shares, clusters = max(args.p_drop, args.confidence, args.dropout), 2 if args.clusters is None else args.clusters
+    if args.t_max > 1000 or shares >= 1 or clusters < 2 or not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.channels):
+        fail("--t-max <= 1000, --p-drop, --dropout, --confidence < 1, --clusters >= 2, --channels as in 32,64", 2)
     return args
 
 
@@ -129,12 +133,11 @@ def load_array(path, shape, dtype, writer):
     """Map an .npy file and check it: None in `shape` is any length, labels (int) are >= 0, floats are finite."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        fits = array.dtype == dtype and array.ndim == len(shape) and array.size > 0
-    except (OSError, ValueError, EOFError, AttributeError):
+        fits = array.dtype == dtype and array.size and len(shape) == array.ndim
+    except Exception:  # NumPy raises of every kind on damaged files
         fail(f"{path} is {'not a complete .npy array' if path.exists() else 'missing'}; run {writer}")
-    if not fits or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
-        wanted = f"{np.dtype(dtype)} {shape}".replace("None", "any")
-        fail(f"{path} holds {array.dtype} {array.shape}, expected {wanted}; run {writer} again")
+    if not fits or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):  # None: any
+        fail(f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; run {writer} again")
     if array.dtype.kind == "f" and not np.isfinite(array).all() or array.dtype.kind == "i" and array.min() < 0:
         fail(f"{path} holds NaN, infinite or negative values; run {writer} again")
     return array
@@ -143,16 +146,16 @@ def load_array(path, shape, dtype, writer):
 def read_description(folder):
     """data.json of the shared directory; {} where there is none (arrays brought by hand)."""
     try:
-        return json.loads((folder / "data.json").read_text()) if (folder / "data.json").exists() else {}
-    except ValueError:
+        return dict(json.loads((folder / "data.json").read_text())) if (folder / "data.json").exists() else {}
+    except (ValueError, TypeError):
         fail(f"{folder / 'data.json'} is damaged; delete it and run the first script again")
 
 
 def read_picture(source, size):
     """A file, PIL image or (H, W, 3) uint8 array -> (size, size, 3) uint8: short side to size, centre square."""
     try:
-        image = Image.open(source) if isinstance(source, Path) else TF.to_pil_image(source)
-        return np.array(TF.center_crop(TF.resize(image.convert("RGB"), size), size))
+        image = Image.open(source) if isinstance(source, Path) else v2.functional.to_pil_image(source)
+        return np.array(v2.functional.center_crop(v2.functional.resize(image.convert("RGB"), size), size))
     except (OSError, ValueError, SyntaxError) as error:
         fail(f"{source} cannot be read as a picture ({error}); mend it or remove it")
 
@@ -164,8 +167,7 @@ def read_images(spec, split, size):
     """
     name, _, subset = spec.partition(":")
     path, part, labels, names = Path(name), "train" if split == "train" else "test", None, None
-    file = path / f"{part}.npy"
-    divided = file.exists() or (path / part).is_dir()
+    divided = (file := path / f"{part}.npy").exists() or (path / part).is_dir()
     if name == "digits":
         (pictures, labels), names = load_digits(return_X_y=True), list("0123456789")
         pictures = np.rint(pictures * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1).repeat(3, axis=3)
@@ -236,11 +238,10 @@ def prepare_data(args):
 def build_backbone(arch):
     """(B, 3, H, W) in [-1, 1] -> features (B, D); returns also D. small: for digits; resnet*: CIFAR stem."""
     if arch == "small":
-        layers, width = [], 3
-        for out, stride in ((32, 1), (64, 1), (128, 2), (128, 2)):
-            layers += [nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-            width = out
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 4 * width
+        layers = []
+        for a, b, stride in ((3, 32, 1), (32, 64, 1), (64, 128, 2), (128, 128, 2)):
+            layers += [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 512
     net = getattr(torchvision.models, arch)()
     net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     width, net.fc = net.fc.in_features, nn.Identity()
@@ -248,10 +249,7 @@ def build_backbone(arch):
 
 
 def view(images, augment="none", strong=False):
-    """(B, 3, H, W) uint8 -> float in [-1, 1]: as they are, SimCLR's random view, or SCAN's strong one.
-
-    affine: a draw per image. colour: the sets published with SimCLR and SCAN, a draw per 8 images of the batch.
-    """
+    """(B, 3, H, W) uint8 -> float in [-1, 1]: plain, SimCLR's view or SCAN's strong one; colour: drawn per 8 images."""
     x, side = images.float() / 255, images.shape[-1]
     if augment == "affine":
         zoom, angle, lean, dx, dy, light = (torch.rand(6, len(x), device=x.device) * 2 - 1).unbind()
@@ -308,7 +306,7 @@ def report(stage, assigned, labels, clusters):
     """Print cluster sizes and, where labels are known, ACC (Hungarian), NMI and ARI."""
     quality = ""
     if labels is not None:
-        table = contingency_matrix(labels, assigned)
+        table = confusion_matrix(labels, assigned)
         accuracy = table[linear_sum_assignment(table, maximize=True)].sum() / len(labels)
         nmi, ari = normalized_mutual_info_score(labels, assigned), adjusted_rand_score(labels, assigned)
         quality = f"ACC {accuracy:.3f}  NMI {nmi:.3f}  ARI {ari:.3f}  "
@@ -335,8 +333,8 @@ def train_scan(images, labels, clusters, args):
     report("k-means on raw pixels", kmeans.fit_predict(images.flatten(1).cpu().numpy() / 255.0), labels, clusters)
     # 1. Pretext task: two random views of an image attract each other and repel those of all others.
     backbone, width = build_backbone(args.arch)
-    head, project = nn.Linear(width, clusters), nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 128))
-    backbone, head, project = (module.to(images.device) for module in (backbone, head, project))
+    project = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 128)).to(images.device)
+    backbone = backbone.to(images.device)
     parameters = [*backbone.parameters(), *project.parameters()]
     optimizer = torch.optim.SGD(parameters, args.pretext_lr, momentum=0.9, weight_decay=1e-4)
     steps = args.pretext_epochs * max(1, len(images) // args.pretext_batch)
@@ -350,26 +348,30 @@ def train_scan(images, labels, clusters, args):
     neighbours = nearest_neighbours(z, args.K)  # (N, K)
     if labels is not None:
         print(f"2 neighbours           purity {(labels[neighbours.cpu().numpy()] == labels[:, None]).mean():.3f}")
-    # 3. An image and a random neighbour agree on a cluster, while the mean prediction stays spread out.
-    parameters = [*backbone.parameters(), *head.parameters()]
-    optimizer = torch.optim.Adam(parameters, args.scan_lr, weight_decay=1e-4)
-    backbone.train()
-    for index in batches(args.scan_epochs, args.scan_batch, "3 SCAN loss"):
-        partner = neighbours[index, torch.randint(args.K, index.shape, device=index.device)]
-        both = head(backbone(view(images[torch.cat([index, partner])], args.augment, strong=True)))
-        descend(scan_loss(*both.chunk(2), args.lambda_e), optimizer)
+    # 3. An image and a random neighbour agree on a cluster, the mean prediction stays spread out; the best start is kept.
+    trials = []
+    for start in range(args.starts):
+        trial = copy.deepcopy(backbone).train(), nn.Linear(width, clusters).to(images.device)
+        optimizer = torch.optim.Adam([*trial[0].parameters(), *trial[1].parameters()], args.scan_lr, weight_decay=1e-4)
+        for index in batches(args.scan_epochs, args.scan_batch, f"3 SCAN loss, start {start + 1}"):
+            partner = neighbours[index, torch.randint(args.K, index.shape, device=index.device)]
+            both = trial[1](trial[0](view(images[torch.cat([index, partner])], args.augment, strong=True)))
+            descend(scan_loss(*both.chunk(2), args.lambda_e), optimizer)
+        logits = predict(*trial, images)
+        loss = scan_loss(logits.repeat_interleave(args.K, 0), logits[neighbours.flatten()], args.lambda_e).item()
+        trials.append((loss, start, trial))
+    backbone, head = min(trials)[2]
     report("3 SCAN loss", predict(backbone, head, images).argmax(1).cpu().numpy(), labels, clusters)
     # 4. The strong view learns the label that the network is sure of on the plain image.
-    optimizer, skipped = torch.optim.Adam(parameters, args.selflabel_lr, weight_decay=1e-4), 0
+    parameters = [*backbone.parameters(), *head.parameters()]
+    optimizer = torch.optim.Adam(parameters, args.selflabel_lr, weight_decay=1e-4)
     for index in batches(args.selflabel_epochs, args.selflabel_batch, "4 self-labelling"):
         logits = predict(backbone, head, images[index])
         backbone.train()
         loss = selflabel_loss(logits, head(backbone(view(images[index], args.augment, strong=True))), args.confidence)
-        skipped += loss is None
         if loss is not None:
             descend(loss, optimizer)
     report("4 self-labelling", predict(backbone, head, images).argmax(1).cpu().numpy(), labels, clusters)
-    print(f"4 self-labelling       left out {skipped} steps in which a cluster had no confident image")
     return backbone, head
 
 
@@ -386,7 +388,7 @@ def train_diffusion(images, labels, classes, args):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1, cycle_momentum=False)
     with open(args.dir / "diffusion_log.jsonl", "w") as log:
         mean = 1.0  # of the loss: about the last 50 steps
-        for step in (progress := tqdm(range(1, args.steps + 1), desc="diffusion")):
+        for step in tqdm(range(1, args.steps + 1), desc="diffusion"):
             index = torch.randint(len(images), (args.batch_size,), device=images.device)
             x, t, eps = images[index], torch.randint_like(index, args.t_max), torch.randn_like(images[index])
             c_d = torch.where(torch.rand(len(x), device=x.device) < args.p_drop, classes, labels[index])
@@ -395,7 +397,6 @@ def train_diffusion(images, labels, classes, args):
             ema.step(unet.parameters())
             mean += 0.02 * (loss.item() - mean)
             if step % 100 == 0 or step == args.steps:
-                progress.set_postfix(loss=f"{mean:.4f}")
                 print(json.dumps({"step": step, "loss": round(mean, 5)}), file=log, flush=True)
     ema.copy_to(unet.eval().parameters())
     # A sheet of samples per class, from images of the class noised to t_max: at 1000 nothing of them is left.
@@ -416,10 +417,10 @@ def main():
     torch.manual_seed(args.seed)
     data, images, labels = prepare_data(args)
     classes = args.clusters or len(data["classes"] or [])
-    if not classes or args.labels == "dataset" and classes != len(data["classes"] or []) or args.K >= data["train"]:
-        fail(f"{args.data}: without labels give --clusters and no --labels dataset; --K is below {data['train']}", 2)
+    if not classes or args.labels == "dataset" and classes != len(data["classes"] or []):
+        fail(f"{args.data} has no labels: give --clusters, and not --labels dataset", 2)
     if args.K >= data["train"]:
-        fail(f"--K is {args.K}; it must be below the number of training images, {data['train']}", 2)
+        fail(f"--K is {args.K}; it must be below {data['train']}, the number of training images", 2)
     confidence = np.ones(data["train"], np.float32)
     if args.labels == "scan":
         backbone, head = train_scan(images["train"], labels["train"], classes, args)
@@ -442,8 +443,7 @@ def main():
     scheduler.save_pretrained(partial / "scheduler")
     save(partial / "training.json", json.dumps({"t_max": args.t_max}) + "\n")
     os.replace(partial, args.dir / "diffusion")
-    print(f"wrote pseudo-labels, diffusion/ and diffusion_samples.png (a row per class) to {args.dir}")
-    print(f"next: python train_text_encoder.py --dir {args.dir}, or python sample_sd_outliers.py --dir {args.dir}")
+    print(f"wrote pseudo-labels and diffusion/ to {args.dir}\nnext: train_text_encoder.py or sample_sd_outliers.py")
 
 
 if __name__ == "__main__":

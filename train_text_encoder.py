@@ -31,24 +31,24 @@ from diffusers import UNet2DModel
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from torch import nn
-from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 RECIPES = {  # option: help, value per recipe. cifar100: as released; cifar10: the same
     "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100"),
+    "seed": ("seed of every random number, 0 for the first run", 0, 0, 0),
     "image_size": ("stored height and width of images, px", 8, 32, 32),
-    "arch": ("encoder: small, resnet18 or resnet34", "small", "resnet34", "resnet34"),
+    "arch": ("encoder, small|resnet18|resnet34", "small", "resnet34", "resnet34"),
     "t": ("temperature of the cosine logits", 0.1, 0.1, 0.1),
     "epochs": ("passes over the training images", 40, 200, 200),
     "batch_size": ("images per step", 64, 256, 256),
     "lr": ("learning rate of SGD, cosine per step to 1e-6", 0.1, 0.1, 0.1),
-    "weight_decay": ("weight decay", 5e-4, 5e-4, 5e-4),
-    "shift": ("augmentation: largest shift, px", 1, 4, 4),
-    "degrees": ("augmentation: largest turn", 10, 0, 0),
+    "weight_decay": ("weight decay, 0 for none", 5e-4, 5e-4, 5e-4),
+    "shift": ("augmentation: largest shift, px, 0 for none", 1, 4, 4),
+    "degrees": ("augmentation: largest turn, degrees, 0 for none", 10, 0, 0),
     "zoom": ("augmentation: largest scale factor", 1.1, 1.0, 1.0),
-    "flip": ("augmentation: 1 to mirror at random, else 0", 0, 1, 1),
+    "flip": ("augmentation: 1 to mirror at random, 0 for not", 0, 1, 1),
 }
-DATA_HELP = "ID data: NAME[:CLASSES], e.g. digits:0-5, a folder of images or arrays, a .npy file (default: digits:0-5)"
 
 
 def fail(message, status=1):
@@ -61,21 +61,24 @@ def parse_recipe(parser):
     """Add an option per row of RECIPES, parse, and fill in args.data, args.device and what the recipe gives."""
     parser.error = lambda message: fail(f"{message}; see --help", 2)
     for option, (text, *values) in RECIPES.items():
-        kind = {"choices": values} if option == "recipe" else {"type": type(values[0])}
-        text += " (default: the data set's)" if option == "recipe" else f" (default: {' | '.join(map(str, values))})"
-        parser.add_argument("--" + option.replace("_", "-"), help=text, **kind)
+        choices = (
+            [values] * (option == "recipe") + [word.split("|") for word in text.split() if "|" in word] + [None]
+        )[0]
+        text += f" (default: {'of the data set' if option == 'recipe' else ', '.join(map(str, values))})"
+        parser.add_argument("--" + option.replace("_", "-"), help=text, choices=choices, type=type(values[0]))
     args, columns = parser.parse_args(), RECIPES["recipe"][1:]
     by_hand = str(args.dir) if (args.dir / "train.npy").exists() else "digits:0-5"
     args.data = getattr(args, "data", None) or read_description(args.dir).get("name", by_hand)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    args.device = args.device or devices[0]
     name = args.recipe or Path(args.data.split(":")[0]).stem
-    if name not in columns:
-        fail(f"no recipe is named after the data set '{name}'; add --recipe {{{','.join(columns)}}}", 2)
-    for option, (_, *values) in RECIPES.items():
-        given = getattr(args, option)
+    if name not in columns or args.device.split(":")[0] not in devices:
+        fail(f"no recipe for the data set '{name}' (--recipe {'|'.join(columns)}), or no --device {args.device}", 2)
+    for option, (text, *values) in RECIPES.items():
+        given, least = getattr(args, option), "at least" if "0 for" in text else "above"
         setattr(args, option, value := values[columns.index(name)] if given is None else given)
-        if not isinstance(value, str) and not (0 < value < math.inf or value == 0 and 0 in values):
-            fail(f"--{option.replace('_', '-')} is {value}; it must be {'at least' if 0 in values else 'above'} 0", 2)
+        if not isinstance(value, str) and not (0 < value < math.inf or value == 0 and least != "above"):
+            fail(f"--{option.replace('_', '-')} is {value}; it must be {least} 0", 2)
     print("recipe", "  ".join(f"{option}={getattr(args, option)}" for option in RECIPES))
     return args
 
@@ -93,12 +96,11 @@ def load_array(path, shape, dtype, writer):
     """Map an .npy file and check it: None in `shape` is any length, labels (int) are >= 0, floats are finite."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        fits = array.dtype == dtype and array.ndim == len(shape) and array.size > 0
-    except (OSError, ValueError, EOFError, AttributeError):
+        fits = array.dtype == dtype and array.size and len(shape) == array.ndim
+    except Exception:  # NumPy raises of every kind on damaged files
         fail(f"{path} is {'not a complete .npy array' if path.exists() else 'missing'}; run {writer}")
-    if not fits or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
-        wanted = f"{np.dtype(dtype)} {shape}".replace("None", "any")
-        fail(f"{path} holds {array.dtype} {array.shape}, expected {wanted}; run {writer} again")
+    if not fits or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):  # None: any
+        fail(f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; run {writer} again")
     if array.dtype.kind == "f" and not np.isfinite(array).all() or array.dtype.kind == "i" and array.min() < 0:
         fail(f"{path} holds NaN, infinite or negative values; run {writer} again")
     return array
@@ -107,16 +109,16 @@ def load_array(path, shape, dtype, writer):
 def read_description(folder):
     """data.json of the shared directory; {} where there is none (arrays brought by hand)."""
     try:
-        return json.loads((folder / "data.json").read_text()) if (folder / "data.json").exists() else {}
-    except ValueError:
+        return dict(json.loads((folder / "data.json").read_text())) if (folder / "data.json").exists() else {}
+    except (ValueError, TypeError):
         fail(f"{folder / 'data.json'} is damaged; delete it and run the first script again")
 
 
 def read_picture(source, size):
     """A file, PIL image or (H, W, 3) uint8 array -> (size, size, 3) uint8: short side to size, centre square."""
     try:
-        image = Image.open(source) if isinstance(source, Path) else TF.to_pil_image(source)
-        return np.array(TF.center_crop(TF.resize(image.convert("RGB"), size), size))
+        image = Image.open(source) if isinstance(source, Path) else v2.functional.to_pil_image(source)
+        return np.array(v2.functional.center_crop(v2.functional.resize(image.convert("RGB"), size), size))
     except (OSError, ValueError, SyntaxError) as error:
         fail(f"{source} cannot be read as a picture ({error}); mend it or remove it")
 
@@ -128,8 +130,7 @@ def read_images(spec, split, size):
     """
     name, _, subset = spec.partition(":")
     path, part, labels, names = Path(name), "train" if split == "train" else "test", None, None
-    file = path / f"{part}.npy"
-    divided = file.exists() or (path / part).is_dir()
+    divided = (file := path / f"{part}.npy").exists() or (path / part).is_dir()
     if name == "digits":
         (pictures, labels), names = load_digits(return_X_y=True), list("0123456789")
         pictures = np.rint(pictures * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1).repeat(3, axis=3)
@@ -200,11 +201,10 @@ def prepare_data(args):
 def build_backbone(arch):
     """(B, 3, H, W) in [-1, 1] -> features (B, D); returns also D. small: for digits; resnet*: CIFAR stem."""
     if arch == "small":
-        layers, width = [], 3
-        for out, stride in ((32, 1), (64, 1), (128, 2), (128, 2)):
-            layers += [nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-            width = out
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 4 * width
+        layers = []
+        for a, b, stride in ((3, 32, 1), (32, 64, 1), (64, 128, 2), (128, 128, 2)):
+            layers += [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 512
     net = getattr(torchvision.models, arch)()
     net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     width, net.fc = net.fc.in_features, nn.Identity()
@@ -233,7 +233,10 @@ def load_anchors(folder):
     """Gamma (C, d) float32: the class-embedding table of a diffusion model, without the null class (its last row)."""
     if not (folder / "unet" / "config.json").exists():
         fail(f"{folder} holds no diffusion model; run train_scan_diffusion.py, or give --diffusion")
-    unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
+    try:
+        unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
+    except Exception as error:  # diffusers and safetensors know many
+        fail(f"{folder} does not load ({str(error).splitlines()[0]}); run train_scan_diffusion.py again")
     if not unet.config.num_class_embeds:
         fail(f"the diffusion model in {folder} knows no classes; train it with train_scan_diffusion.py")
     return unet.class_embedding.weight[:-1].detach().clone()
@@ -272,10 +275,11 @@ def embed(h, images):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/digits"), help="shared directory (default: %(default)s)")
-    parser.add_argument("--data", help=DATA_HELP)
+    parser.add_argument(
+        "--data", help="digits[:0-5], a folder of images or arrays, or a .npy file (default: digits:0-5)"
+    )
     parser.add_argument("--diffusion", type=Path, help="folder of the generator (default: diffusion/ of --dir)")
     parser.add_argument("--device", help="torch device (default: cuda, mps or cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: %(default)s)")
     args = parse_recipe(parser)
     args.diffusion = args.diffusion or args.dir / "diffusion"
     if args.zoom < 1:

@@ -1,6 +1,7 @@
 """Shared by all tests: scripts as modules, scripts as subprocesses, and one tiny run of the whole pipeline."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin slow a busy machine tenfold
 
 ROOT = Path(__file__).resolve().parents[1]
 

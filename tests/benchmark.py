@@ -1,0 +1,111 @@
+"""Measurements that the README quotes; nothing here is asserted.
+
+python tests/benchmark.py seeds      # the six scripts for seeds 0, 1, 2, then the table of means and deviations
+python tests/benchmark.py table      # that table again from the results in --dir
+python tests/benchmark.py knn        # d_K in chunked matmul form against torch.cdist, time and peak memory
+"""
+
+import argparse
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+STEPS = (
+    ("train_scan_diffusion.py",),
+    ("train_text_encoder.py",),
+    ("sample_outliers.py",),
+    ("sample_sd_outliers.py",),
+    ("sample_sd_outliers.py", "--split", "test", "--reconstruct"),
+    ("train_classifier.py",),
+    ("evaluate.py",),
+)
+
+
+def run_seeds(folder, seeds):
+    """The pipeline once per seed, each in a folder of its own, with the log and the seconds of every step beside it."""
+    for seed in seeds:
+        target = folder / f"seed{seed}"
+        target.mkdir(parents=True, exist_ok=True)
+        with open(target / "log.txt", "w") as log:
+            for script, *more in STEPS:
+                start = time.time()
+                command = [sys.executable, str(ROOT / script), "--dir", str(target), "--seed", str(seed), *more]
+                subprocess.run(command, check=True, stdout=log, stderr=subprocess.DEVNULL)
+                line = f"seconds {' '.join([script, *more])}: {time.time() - start:.0f}"
+                print(f"seed {seed}", line, flush=True)
+                print(line, file=log, flush=True)
+
+
+def print_table(folder):
+    """Mean and sample standard deviation over the seeds, in percent, as Markdown."""
+    paths = sorted(folder.glob("seed*/results.json"))
+    records, values = [record for path in paths for record in json.loads(path.read_text())], {}
+    for record in records:
+        values.setdefault((record["ood"], record["method"], record["score"]), []).append(record)
+    for log in sorted(folder.glob("seed*/log.txt")):
+        accuracies = re.findall(r"^(k-means on raw|1 SimCLR|3 SCAN|4 self).*ACC ([\d.]+)", log.read_text(), re.M)
+        seconds = sum(int(n) for n in re.findall(r"^seconds .*: (\d+)$", log.read_text(), re.M))
+        print(log.parent.name, "ACC", accuracies, f"{seconds} s in all")
+    print(f"\n{len(paths)} seeds, mean ± std, percent\n")
+    print("| OOD | method | score | AUROC | FPR95 | FPR95 (OpenOOD) | AUPR-in | AUPR-out | ID accuracy |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (ood, method, score), rows in values.items():
+        cells = []
+        for field in ("auroc", "fpr95", "fpr95_ood", "aupr_in", "aupr_out", "id_accuracy"):
+            figures = 100 * np.array([row[field] for row in rows])
+            cells.append(f"{figures.mean():.1f} ± {figures.std(ddof=1) if len(figures) > 1 else 0:.1f}")
+        print(f"| {ood} | {method} | {score} |", " | ".join(cells), "|")
+
+
+def knn():
+    """DREAM-OOD's own shape: 75,000 candidates, 1,000 ID embeddings, d = 768, K = 300."""
+    import sample_outliers
+
+    torch.manual_seed(0)
+    bank = torch.nn.functional.normalize(torch.randn(1000, 768), dim=1)
+    queries = torch.nn.functional.normalize(torch.randn(75_000, 768), dim=1)
+    ways = {
+        "kth_distance": lambda: sample_outliers.kth_distance(queries, bank, 300),
+        "torch.cdist, chunked, topk": lambda: torch.cat(
+            [torch.cdist(q, bank).topk(300, largest=False).values[:, -1] for q in queries.split(1024)]
+        ),
+    }
+    seconds = {name: [] for name in ways}
+    for _ in range(4):  # in turn, the first round warms up
+        for name, way in ways.items():
+            start = time.time()
+            way()
+            seconds[name].append(time.time() - start)
+    for name, times in seconds.items():
+        ratio = np.median(times[1:]) / np.median(seconds["torch.cdist, chunked, topk"][1:])
+        print(f"{name}: {np.median(times[1:]):.2f} s, {ratio:.2f} of torch.cdist")
+    print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("seeds", "table", "knn"))
+    parser.add_argument(
+        "--dir", type=Path, default=Path("runs/seeds"), help="folder of the runs (default: %(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    args = parser.parse_args()
+    if args.what == "knn":
+        knn()
+        return
+    if args.what == "seeds":
+        run_seeds(args.dir, args.seeds)
+    print_table(args.dir)
+
+
+if __name__ == "__main__":
+    main()

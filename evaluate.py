@@ -91,8 +91,9 @@ def parse_args():
     args = parse_recipe(parser)
     args.names = [path.name for path in args.scores[1:]] if args.scores else args.ood_data
     named = args.names and len({"id", *args.names}) > len(args.names)
-    if not named or args.bootstrap < 1 or not 0 <= (args.alpha or 0) < math.inf:
-        fail("give OOD sets of different names, --bootstrap of at least 1, --alpha of at least 0", 2)
+    mixed = args.scores and any(args.dir.glob("classifier_*.pt"))  # would replace the results of these
+    if not named or args.bootstrap < 1 or not 0 <= (args.alpha or 0) < math.inf or mixed:
+        fail("give OOD sets of different names, --bootstrap >= 1, --alpha >= 0, and --scores a --dir of its own", 2)
     return args
 
 
@@ -100,8 +101,8 @@ def save(path, content):
     """Write a .npy, .pt or text file under a temporary name, then rename: what has its final name is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".partial.{path.name}")
-    writers = {".npy": np.save, ".pt": lambda file, content: torch.save(content, file)}
-    writers.get(path.suffix, Path.write_text)(temporary, content)
+    kinds = {".npy": np.save, ".pt": lambda file, content: torch.save(content, file)}
+    kinds.get(path.suffix, Path.write_text)(temporary, content)
     os.replace(temporary, path)
 
 
@@ -137,10 +138,7 @@ def read_picture(source, size):
 
 
 def read_images(spec, split, size):
-    """A split of a data set (see --help): images (N, size, size, 3) uint8, labels (N,) int64 or None, names or None.
-
-    split: train, test (every fifth image of a class where a set is not split), ood (as test, or all if not split).
-    """
+    """Part train, test or ood (test, or all of a set that is not divided): images (N, size, size, 3), labels, names."""
     name, _, subset = spec.partition(":")
     path, part, labels, names = Path(name), "train" if split == "train" else "test", None, None
     divided = (file := path / f"{part}.npy").exists() or (path / part).is_dir()
@@ -158,8 +156,8 @@ def read_images(spec, split, size):
         names = (path / "classes.txt").read_text().splitlines() if (path / "classes.txt").exists() else None
     elif path.is_dir():
         path = path / part if divided else path
-        names = sorted(folder.name for folder in path.iterdir() if folder.is_dir()) or None
-        pictures = [file for file in sorted(path.glob("*/*" if names else "*")) if file.name[0] != "."]
+        names = sorted(folder.name for folder in path.glob("[!.]*") if folder.is_dir()) or None
+        pictures = sorted(path.glob("[!.]*/[!.]*" if names else "[!.]*"))
         labels = names and [names.index(file.parent.name) for file in pictures]
     else:
         fail(f"there is no data set {name}: give digits, patches, a folder of images or arrays, or a .npy file", 2)
@@ -171,7 +169,7 @@ def read_images(spec, split, size):
             fail(f"{spec}: give classes as 0-5 or 0,3,7; {name} has {len(np.unique(known))}", 2)
         keep, names = keep[np.isin(known, chosen)], names and [names[c] for c in chosen]
         known = np.searchsorted(chosen, known)
-    if not divided and split != "ood":
+    if not divided and split != "ood":  # every fifth image of a class is for testing
         rank = np.array([(known[:i] == known[i]).sum() for i in range(len(known))])  # within the class
         keep = keep[(rank[keep] % 5 == 4) == (split == "test")]
     if not len(keep):
@@ -235,6 +233,8 @@ def energy(logits, T=1.0):
 
 def knn(queries, bank, k, chunk=1024):
     """Distances and indices (N, k), nearest first, of the rows of bank (M, D) around queries (N, D), float32."""
+    if not 0 < k <= len(bank):
+        fail(f"k = {k} nearest neighbours asked for among {len(bank)}; choose another k")
     centre, found = bank.mean(0), []
     half = (bank - centre).square().sum(1) / 2
     for q in tqdm(queries.split(chunk), desc="neighbours", delay=1, leave=False):  # a few candidates more, then exact

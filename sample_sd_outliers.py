@@ -76,8 +76,8 @@ def save(path, content):
     """Write a .npy, .pt or text file under a temporary name, then rename: what has its final name is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".partial.{path.name}")
-    writers = {".npy": np.save, ".pt": lambda file, content: torch.save(content, file)}
-    writers.get(path.suffix, Path.write_text)(temporary, content)
+    kinds = {".npy": np.save, ".pt": lambda file, content: torch.save(content, file)}
+    kinds.get(path.suffix, Path.write_text)(temporary, content)
     os.replace(temporary, path)
 
 
@@ -109,6 +109,8 @@ def load_diffusion(folder):
         fail(f"{folder} holds no diffusion model; run train_scan_diffusion.py, or give --diffusion")
     try:
         unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
+        if not unet.config.num_class_embeds:
+            raise ValueError("it knows no classes")
         scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
         notes = folder / "training.json"
         t_max = json.loads(notes.read_text())["t_max"] if notes.exists() else scheduler.config.num_train_timesteps
@@ -134,7 +136,7 @@ def quadratic_steps(start, steps):
     With 20 of them DPM-Solver++ 2M follows the exact flow of Gaussian data from S = 100 to 0.2 percent; evenly spaced,
     which is coarse where the last of the noise goes, to 0.8 percent, and from T = 1000 to 22 instead of 3 percent.
     """
-    return np.unique(np.rint(start * np.linspace(0, 1, steps) ** 2).astype(int))[::-1].tolist()
+    return np.unique(np.rint(start * np.linspace(1, 0, steps) ** 2).astype(int))[::-1].tolist()
 
 
 def image_seed(seed, index):

@@ -83,8 +83,8 @@ def save(path, content):
     """Write a .npy, .pt or text file under a temporary name, then rename: what has its final name is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".partial.{path.name}")
-    writers = {".npy": np.save, ".pt": lambda file, content: torch.save(content, file)}
-    writers.get(path.suffix, Path.write_text)(temporary, content)
+    kinds = {".npy": np.save, ".pt": lambda file, content: torch.save(content, file)}
+    kinds.get(path.suffix, Path.write_text)(temporary, content)
     os.replace(temporary, path)
 
 

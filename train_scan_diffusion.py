@@ -4,9 +4,8 @@ SCAN (Van Gansbeke et al., ECCV 2020) finds C clusters; a UNet then predicts the
 t), the label at times dropped for classifier-free guidance. --labels dataset skips SCAN: the upper bound of paper B.
 
 reads    the ID data set (--data), or the arrays that are in --dir already
-writes   data.json, {train,test}.npy (N, H, W, 3) uint8 and, where known, {train,test}.labels.npy (N,) int64; scan.pt,
-         {,test_}pseudo_labels.npy (N,) int64, pseudo_confidence.npy (N,) float32; diffusion/ (unet, scheduler,
-         training.json), diffusion_samples.png, diffusion_log.jsonl
+writes   data.json, {train,test}.npy (N, H, W, 3) uint8, {train,test}.labels.npy (N,) int64 if known; scan.pt,
+         {,test_}pseudo_labels.npy (N,) int64, pseudo_confidence.npy (N,) float32; diffusion/, diffusion_{samples,log}
 
 python train_scan_diffusion.py                                          # digits 0-5: ACC 0.98, two minutes on two cores
 python train_scan_diffusion.py --data data/cifar10 --dir runs/cifar10   # published recipe, one GPU; --labels dataset
@@ -35,6 +34,7 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.metrics import adjusted_rand_score, confusion_matrix, normalized_mutual_info_score
 from torch import nn
+from torch.optim import lr_scheduler
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -110,13 +110,18 @@ def parse_args():
     parser.add_argument(
         "--data", help="digits[:0-5], a folder of images or arrays, or a .npy file (default: digits:0-5)"
     )
-    parser.add_argument("--labels", choices=("scan", "dataset"), default="scan", help="whose (default: %(default)s)")
+    parser.add_argument(
+        "--labels",
+        choices=("scan", "dataset"),
+        default="scan",
+        help="by SCAN, or the data set's own (default: %(default)s)",
+    )
     parser.add_argument("--clusters", type=int, help="C (default: the data set's number of classes)")
     parser.add_argument("--device", help="torch device (default: cuda, mps or cpu)")
     args = parse_recipe(parser)
     shares, clusters = max(args.p_drop, args.confidence, args.dropout), 2 if args.clusters is None else args.clusters
-    if args.t_max > 1000 or shares >= 1 or clusters < 2 or not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.channels):
-        fail("--t-max <= 1000, --p-drop, --dropout, --confidence < 1, --clusters >= 2, --channels as in 32,64", 2)
+    if args.t_max > 1000 or shares >= 1 or clusters < 2 or not re.fullmatch(r"[1-9]\d+(,[1-9]\d+)*", args.channels):
+        fail("--t-max <= 1000; --p-drop, --dropout, --confidence < 1; --clusters > 1; --channels like 32,64", 2)
     return args
 
 
@@ -124,8 +129,8 @@ def save(path, content):
     """Write a .npy, .pt or text file under a temporary name, then rename: what has its final name is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".partial.{path.name}")
-    writers = {".npy": np.save, ".pt": lambda file, content: torch.save(content, file)}
-    writers.get(path.suffix, Path.write_text)(temporary, content)
+    kinds = {".npy": np.save, ".pt": lambda file, content: torch.save(content, file)}
+    kinds.get(path.suffix, Path.write_text)(temporary, content)
     os.replace(temporary, path)
 
 
@@ -161,10 +166,7 @@ def read_picture(source, size):
 
 
 def read_images(spec, split, size):
-    """A split of a data set (see --help): images (N, size, size, 3) uint8, labels (N,) int64 or None, names or None.
-
-    split: train, test (every fifth image of a class where a set is not split), ood (as test, or all if not split).
-    """
+    """Part train, test or ood (test, or all of a set that is not divided): images (N, size, size, 3), labels, names."""
     name, _, subset = spec.partition(":")
     path, part, labels, names = Path(name), "train" if split == "train" else "test", None, None
     divided = (file := path / f"{part}.npy").exists() or (path / part).is_dir()
@@ -182,8 +184,8 @@ def read_images(spec, split, size):
         names = (path / "classes.txt").read_text().splitlines() if (path / "classes.txt").exists() else None
     elif path.is_dir():
         path = path / part if divided else path
-        names = sorted(folder.name for folder in path.iterdir() if folder.is_dir()) or None
-        pictures = [file for file in sorted(path.glob("*/*" if names else "*")) if file.name[0] != "."]
+        names = sorted(folder.name for folder in path.glob("[!.]*") if folder.is_dir()) or None
+        pictures = sorted(path.glob("[!.]*/[!.]*" if names else "[!.]*"))
         labels = names and [names.index(file.parent.name) for file in pictures]
     else:
         fail(f"there is no data set {name}: give digits, patches, a folder of images or arrays, or a .npy file", 2)
@@ -195,7 +197,7 @@ def read_images(spec, split, size):
             fail(f"{spec}: give classes as 0-5 or 0,3,7; {name} has {len(np.unique(known))}", 2)
         keep, names = keep[np.isin(known, chosen)], names and [names[c] for c in chosen]
         known = np.searchsorted(chosen, known)
-    if not divided and split != "ood":
+    if not divided and split != "ood":  # every fifth image of a class is for testing
         rank = np.array([(known[:i] == known[i]).sum() for i in range(len(known))])  # within the class
         keep = keep[(rank[keep] % 5 == 4) == (split == "test")]
     if not len(keep):
@@ -206,24 +208,25 @@ def read_images(spec, split, size):
 
 
 def prepare_data(args):
-    """Put the ID data into args.dir unless it is there. Returns data.json and, by split, images (N, 3, H, W) uint8 on
-    args.device and labels (N,) int64 NumPy or None."""
+    """Put the ID data into args.dir once. Returns data.json and, by split, images on the device and labels or None."""
     data, again = read_description(args.dir), "this script in an empty --dir"
-    if data.get("name", args.data) != args.data:
-        fail(f"{args.dir} already holds {data['name']}; choose another --dir for {args.data}", 2)
+    held = data.get("name", str(args.dir) if (args.dir / "train.npy").exists() else args.data)
+    if held != args.data:
+        fail(f"{args.dir} already holds {held}; choose another --dir for {args.data}", 2)
     if not data:
         if args.data == str(args.dir):  # arrays brought by hand keep their size
             args.image_size = load_array(args.dir / "train.npy", (None, None, None, 3), np.uint8, again).shape[1]
-        parts = {split: read_images(args.data, split, args.image_size) for split in ("train", "test")}
-        data, sha, grey = {"name": args.data, "classes": parts["train"][2]}, hashlib.sha256(), True
-        for split, (images, labels, _) in parts.items():
-            save(args.dir / f"{split}.npy", images)
-            sha.update(np.ascontiguousarray(images))
-            grey, data[split] = grey and bool((images == images[..., :1]).all()), len(images)
-            if labels is not None:
-                save(args.dir / f"{split}.labels.npy", labels)
-                data["classes"] = data["classes"] or [str(label) for label in range(labels.max() + 1)]
-        data |= {"image_size": args.image_size, "channels": 1 if grey else 3, "digest": sha.hexdigest()[:16]}
+        parts = [read_images(args.data, split, args.image_size) for split in ("train", "test")]
+        (train, y, names), (test, y_test, test_names) = parts
+        count = 0 if y is None or y_test is None else int(max(y.max(), y_test.max())) + 1
+        if names != test_names or (y is None) != (y_test is None) or names and count > len(names):
+            fail(f"{args.data}: train and test need the same classes, a name for each, and labels both or neither")
+        data = {"name": args.data, "classes": names or [*map(str, range(count))] or None, "image_size": args.image_size}
+        data |= {"channels": 1 if (train == train[..., :1]).all() else 3, "train": len(train), "test": len(test)}
+        data["digest"] = hashlib.sha256(train.tobytes() + test.tobytes()).hexdigest()[:16]
+        for name, array in {"train": train, "test": test, "train.labels": y, "test.labels": y_test}.items():
+            if array is not None and not (args.dir / f"{name}.npy").exists():
+                save(args.dir / f"{name}.npy", array)
         save(args.dir / "data.json", json.dumps(data, indent=1) + "\n")
     images, labels = {}, {"train": None, "test": None}
     for split in labels:
@@ -262,8 +265,7 @@ def view(images, augment="none", strong=False):
         crop = v2.RandomResizedCrop(side, (0.9 if strong else 0.2, 1.0)), v2.RandomHorizontalFlip()
         jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)
         erase = v2.RandAugment(4, magnitude=10), v2.RandomErasing(1.0, (0.25, 0.25), (1.0, 1.0), value=0.5)
-        draw = v2.Compose([*crop, *(erase if strong else jitter)])
-        x = torch.cat([draw(part) for part in x.split(8)])
+        x = torch.cat([v2.Compose([*crop, *(erase if strong else jitter)])(part) for part in x.split(8)])
     return x * 2 - 1
 
 
@@ -329,7 +331,7 @@ def train_scan(images, labels, clusters, args):
         for _ in tqdm(range(epochs), desc=stage):
             yield from torch.randperm(len(images), device=images.device).split(batch)[: max(1, len(images) // batch)]
 
-    kmeans = KMeans(clusters, n_init=10, random_state=args.seed)
+    kmeans = KMeans(clusters, n_init=10, random_state=args.seed % 2**32)
     report("k-means on raw pixels", kmeans.fit_predict(images.flatten(1).cpu().numpy() / 255.0), labels, clusters)
     # 1. Pretext task: two random views of an image attract each other and repel those of all others.
     backbone, width = build_backbone(args.arch)
@@ -338,7 +340,7 @@ def train_scan(images, labels, clusters, args):
     parameters = [*backbone.parameters(), *project.parameters()]
     optimizer = torch.optim.SGD(parameters, args.pretext_lr, momentum=0.9, weight_decay=1e-4)
     steps = args.pretext_epochs * max(1, len(images) // args.pretext_batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, args.pretext_lr / 1000)
+    schedule = lr_scheduler.CosineAnnealingLR(optimizer, steps, args.pretext_lr / 1000)
     for index in batches(args.pretext_epochs, args.pretext_batch, "1 SimCLR"):
         z1, z2 = (F.normalize(project(backbone(view(images[index], args.augment)))) for _ in range(2))
         descend(nt_xent(z1, z2, args.tau), optimizer, schedule)
@@ -348,7 +350,7 @@ def train_scan(images, labels, clusters, args):
     neighbours = nearest_neighbours(z, args.K)  # (N, K)
     if labels is not None:
         print(f"2 neighbours           purity {(labels[neighbours.cpu().numpy()] == labels[:, None]).mean():.3f}")
-    # 3. An image and a random neighbour agree on a cluster, the mean prediction stays spread out; the best start is kept.
+    # 3. An image and a random neighbour agree on a cluster, the mean prediction stays spread out; the best start stays.
     trials = []
     for start in range(args.starts):
         trial = copy.deepcopy(backbone).train(), nn.Linear(width, clusters).to(images.device)
@@ -385,7 +387,7 @@ def train_diffusion(images, labels, classes, args):
     unet = UNet2DModel(side, channels, channels, **blocks)
     unet, scheduler = unet.to(images.device), DDPMScheduler(1000, 1e-4, 0.02, "linear")
     ema, optimizer = EMAModel(unet.parameters(), args.ema), torch.optim.AdamW(unet.parameters(), args.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1, cycle_momentum=False)
+    schedule = lr_scheduler.OneCycleLR(optimizer, args.lr, max(11, args.steps), pct_start=0.1, cycle_momentum=False)
     with open(args.dir / "diffusion_log.jsonl", "w") as log:
         mean = 1.0  # of the loss: about the last 50 steps
         for step in tqdm(range(1, args.steps + 1), desc="diffusion"):
@@ -398,16 +400,15 @@ def train_diffusion(images, labels, classes, args):
             mean += 0.02 * (loss.item() - mean)
             if step % 100 == 0 or step == args.steps:
                 print(json.dumps({"step": step, "loss": round(mean, 5)}), file=log, flush=True)
-    ema.copy_to(unet.eval().parameters())
+    ema.copy_to(unet.eval().requires_grad_(False).parameters())
     # A sheet of samples per class, from images of the class noised to t_max: at 1000 nothing of them is left.
     solver = DPMSolverMultistepScheduler.from_config(scheduler.config, thresholding=True, sample_max_value=1.0)
-    solver.set_timesteps(timesteps=np.rint((args.t_max - 1) * np.linspace(1, 0, 20) ** 2).astype(int).tolist())
+    solver.set_timesteps(timesteps=sorted({round((args.t_max - 1) * (i / 19) ** 2) for i in range(20)}, reverse=True))
     c_d = torch.arange(classes, device=images.device).repeat_interleave(12)
     own = images[((labels == c_d[:, None]) + 1e-9).multinomial(1).flatten()]
     x = scheduler.add_noise(own, torch.randn_like(own), torch.full_like(c_d, args.t_max - 1))
     for t in solver.timesteps:
-        with torch.no_grad():
-            x = solver.step(unet(x, t, c_d).sample, t, x).prev_sample
+        x = solver.step(unet(x, t, c_d).sample, t, x).prev_sample
     save_image(F.interpolate(x / 2 + 0.5, None, max(1, 64 // side)), args.dir / "diffusion_samples.png", nrow=12)
     return unet, scheduler
 
@@ -418,29 +419,28 @@ def main():
     data, images, labels = prepare_data(args)
     classes = args.clusters or len(data["classes"] or [])
     if not classes or args.labels == "dataset" and classes != len(data["classes"] or []):
-        fail(f"{args.data} has no labels: give --clusters, and not --labels dataset", 2)
-    if args.K >= data["train"]:
-        fail(f"--K is {args.K}; it must be below {data['train']}, the number of training images", 2)
+        fail(f"{args.data} has no such labels: give --clusters, and not --labels dataset", 2)
+    if args.K >= data["train"] or data["image_size"] % 2 ** args.channels.count(","):
+        fail(f"--K {args.K} must be below {data['train']}, --channels fewer for {data['image_size']} px", 2)
     confidence = np.ones(data["train"], np.float32)
     if args.labels == "scan":
         backbone, head = train_scan(images["train"], labels["train"], classes, args)
         p = {split: predict(backbone, head, images[split]).softmax(1).max(1) for split in images}
+        if len(p["train"].indices.unique()) < classes:
+            fail(f"a cluster of {classes} is empty; try another --seed or fewer --clusters")
         labels, confidence = {split: p[split].indices.cpu().numpy() for split in p}, p["train"].values.cpu().numpy()
         config = {option: value for option, value in vars(args).items() if option != "dir"} | {"classes": classes}
         save(args.dir / "scan.pt", {"backbone": backbone.state_dict(), "head": head.state_dict(), "config": config})
     shutil.rmtree(args.dir / "diffusion", ignore_errors=True)  # it knows the classes of the labels that go now
-    save(args.dir / "pseudo_labels.npy", labels["train"])
-    save(args.dir / "pseudo_confidence.npy", confidence)
-    save(args.dir / "test_pseudo_labels.npy", labels["test"])
-    if len(np.unique(labels["train"])) < classes:
-        fail(f"a cluster of {classes} is empty; try another --seed or fewer --clusters")
+    arrays = {"pseudo_labels": labels["train"], "pseudo_confidence": confidence, "test_pseudo_labels": labels["test"]}
+    for name, array in arrays.items():
+        save(args.dir / f"{name}.npy", array)
     x = images["train"][:, : data["channels"]].float() / 127.5 - 1  # grey data: one channel
     y = torch.from_numpy(labels["train"]).to(args.device)
     x, y = (torch.cat([x, x.flip(3)]), y.repeat(2)) if args.flip else (x, y)
     unet, scheduler = train_diffusion(x, y, classes, args)
-    partial = args.dir / ".partial.diffusion"
-    unet.save_pretrained(partial / "unet")
-    scheduler.save_pretrained(partial / "scheduler")
+    for name, part in {"unet": unet, "scheduler": scheduler}.items():
+        part.save_pretrained((partial := args.dir / ".partial.diffusion") / name)
     save(partial / "training.json", json.dumps({"t_max": args.t_max}) + "\n")
     os.replace(partial, args.dir / "diffusion")
     print(f"wrote pseudo-labels and diffusion/ to {args.dir}\nnext: train_text_encoder.py or sample_sd_outliers.py")

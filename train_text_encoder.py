@@ -87,8 +87,8 @@ def save(path, content):
     """Write a .npy, .pt or text file under a temporary name, then rename: what has its final name is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".partial.{path.name}")
-    writers = {".npy": np.save, ".pt": lambda file, content: torch.save(content, file)}
-    writers.get(path.suffix, Path.write_text)(temporary, content)
+    kinds = {".npy": np.save, ".pt": lambda file, content: torch.save(content, file)}
+    kinds.get(path.suffix, Path.write_text)(temporary, content)
     os.replace(temporary, path)
 
 
@@ -124,10 +124,7 @@ def read_picture(source, size):
 
 
 def read_images(spec, split, size):
-    """A split of a data set (see --help): images (N, size, size, 3) uint8, labels (N,) int64 or None, names or None.
-
-    split: train, test (every fifth image of a class where a set is not split), ood (as test, or all if not split).
-    """
+    """Part train, test or ood (test, or all of a set that is not divided): images (N, size, size, 3), labels, names."""
     name, _, subset = spec.partition(":")
     path, part, labels, names = Path(name), "train" if split == "train" else "test", None, None
     divided = (file := path / f"{part}.npy").exists() or (path / part).is_dir()
@@ -145,8 +142,8 @@ def read_images(spec, split, size):
         names = (path / "classes.txt").read_text().splitlines() if (path / "classes.txt").exists() else None
     elif path.is_dir():
         path = path / part if divided else path
-        names = sorted(folder.name for folder in path.iterdir() if folder.is_dir()) or None
-        pictures = [file for file in sorted(path.glob("*/*" if names else "*")) if file.name[0] != "."]
+        names = sorted(folder.name for folder in path.glob("[!.]*") if folder.is_dir()) or None
+        pictures = sorted(path.glob("[!.]*/[!.]*" if names else "[!.]*"))
         labels = names and [names.index(file.parent.name) for file in pictures]
     else:
         fail(f"there is no data set {name}: give digits, patches, a folder of images or arrays, or a .npy file", 2)
@@ -158,7 +155,7 @@ def read_images(spec, split, size):
             fail(f"{spec}: give classes as 0-5 or 0,3,7; {name} has {len(np.unique(known))}", 2)
         keep, names = keep[np.isin(known, chosen)], names and [names[c] for c in chosen]
         known = np.searchsorted(chosen, known)
-    if not divided and split != "ood":
+    if not divided and split != "ood":  # every fifth image of a class is for testing
         rank = np.array([(known[:i] == known[i]).sum() for i in range(len(known))])  # within the class
         keep = keep[(rank[keep] % 5 == 4) == (split == "test")]
     if not len(keep):
@@ -169,24 +166,25 @@ def read_images(spec, split, size):
 
 
 def prepare_data(args):
-    """Put the ID data into args.dir unless it is there. Returns data.json and, by split, images (N, 3, H, W) uint8 on
-    args.device and labels (N,) int64 NumPy or None."""
+    """Put the ID data into args.dir once. Returns data.json and, by split, images on the device and labels or None."""
     data, again = read_description(args.dir), "this script in an empty --dir"
-    if data.get("name", args.data) != args.data:
-        fail(f"{args.dir} already holds {data['name']}; choose another --dir for {args.data}", 2)
+    held = data.get("name", str(args.dir) if (args.dir / "train.npy").exists() else args.data)
+    if held != args.data:
+        fail(f"{args.dir} already holds {held}; choose another --dir for {args.data}", 2)
     if not data:
         if args.data == str(args.dir):  # arrays brought by hand keep their size
             args.image_size = load_array(args.dir / "train.npy", (None, None, None, 3), np.uint8, again).shape[1]
-        parts = {split: read_images(args.data, split, args.image_size) for split in ("train", "test")}
-        data, sha, grey = {"name": args.data, "classes": parts["train"][2]}, hashlib.sha256(), True
-        for split, (images, labels, _) in parts.items():
-            save(args.dir / f"{split}.npy", images)
-            sha.update(np.ascontiguousarray(images))
-            grey, data[split] = grey and bool((images == images[..., :1]).all()), len(images)
-            if labels is not None:
-                save(args.dir / f"{split}.labels.npy", labels)
-                data["classes"] = data["classes"] or [str(label) for label in range(labels.max() + 1)]
-        data |= {"image_size": args.image_size, "channels": 1 if grey else 3, "digest": sha.hexdigest()[:16]}
+        parts = [read_images(args.data, split, args.image_size) for split in ("train", "test")]
+        (train, y, names), (test, y_test, test_names) = parts
+        count = 0 if y is None or y_test is None else int(max(y.max(), y_test.max())) + 1
+        if names != test_names or (y is None) != (y_test is None) or names and count > len(names):
+            fail(f"{args.data}: train and test need the same classes, a name for each, and labels both or neither")
+        data = {"name": args.data, "classes": names or [*map(str, range(count))] or None, "image_size": args.image_size}
+        data |= {"channels": 1 if (train == train[..., :1]).all() else 3, "train": len(train), "test": len(test)}
+        data["digest"] = hashlib.sha256(train.tobytes() + test.tobytes()).hexdigest()[:16]
+        for name, array in {"train": train, "test": test, "train.labels": y, "test.labels": y_test}.items():
+            if array is not None and not (args.dir / f"{name}.npy").exists():
+                save(args.dir / f"{name}.npy", array)
         save(args.dir / "data.json", json.dumps(data, indent=1) + "\n")
     images, labels = {}, {"train": None, "test": None}
     for split in labels:

@@ -2,6 +2,7 @@
 
 python tests/benchmark.py seeds      # the six scripts for seeds 0, 1, 2, then the table of means and deviations
 python tests/benchmark.py table      # that table again from the results in --dir
+python tests/benchmark.py figures    # the README's pictures from the run of seed 0 in --dir
 python tests/benchmark.py knn        # d_K in chunked matmul form against torch.cdist, time and peak memory
 """
 
@@ -9,6 +10,7 @@ import argparse
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -66,6 +69,27 @@ def print_table(folder):
         print(f"| {ood} | {method} | {score} |", " | ".join(cells), "|")
 
 
+def figures(run, target):
+    """Copy the pictures of one run; overview.png shows, per class, an ID image and an outlier of either paper."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("diffusion_samples", "outliers", "sd_outliers", "roc", "scores", "tsne"):
+        shutil.copy(run / f"{name}.png", target)
+    images, outliers, sd = (np.load(run / f"{name}.npy") for name in ("train", "outliers", "sd_outliers"))
+    lines = (run / "outliers.csv").read_text().splitlines()[1:]
+    made = [tuple(map(int, line.split(",")[:3])) for line in lines]  # index, class, source
+    chosen = [next(row for row in made if row[1] == c) for c in sorted({row[1] for row in made})]
+    figure = Figure((1.1 * len(chosen), 3.3), layout="constrained")
+    rows = ("ID image", [images[s] for _, _, s in chosen]), ("DREAM-OOD", [outliers[i] for i, _, _ in chosen])
+    for line, (title, row) in zip(
+        figure.subplots(3, len(chosen)), (*rows, ("SD outlier", [sd[s] for _, _, s in chosen])), strict=True
+    ):
+        line[0].set_ylabel(title)
+        for axis, image in zip(line, row, strict=True):
+            axis.imshow(image)
+            axis.set(xticks=[], yticks=[])
+    figure.savefig(target / "overview.png", dpi=80)
+
+
 def knn():
     """DREAM-OOD's own shape: 75,000 candidates, 1,000 ID embeddings, d = 768, K = 300."""
     import sample_outliers
@@ -93,7 +117,7 @@ def knn():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("seeds", "table", "knn"))
+    parser.add_argument("what", choices=("seeds", "table", "figures", "knn"))
     parser.add_argument(
         "--dir", type=Path, default=Path("runs/seeds"), help="folder of the runs (default: %(default)s)"
     )
@@ -101,6 +125,9 @@ def main():
     args = parser.parse_args()
     if args.what == "knn":
         knn()
+        return
+    if args.what == "figures":
+        figures(args.dir / "seed0", ROOT / ".github" / "figures")
         return
     if args.what == "seeds":
         run_seeds(args.dir, args.seeds)

@@ -24,6 +24,7 @@ SMALL = {  # so that a case that is wrongly accepted ends soon
     CLASSIFIER: "--epochs 1",
     EVALUATE: "--ood-data digits:6-7 --bootstrap 2",
 }
+ID_DATA = {"new", "data.json", "train.npy", "test.npy", "train.labels.npy", "test.labels.npy"}
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def stops(load, tmp_path, monkeypatch, capfd):
     `say` are regular expressions. Progress bars do not count as lines.
     """
 
-    def stops(status, script, *args, say=()):
+    def stops(status, script, *args, say=(), stores_id_data=False):
         before = contents(tmp_path)
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *SMALL[script].split(), *map(str, args)])
@@ -61,8 +62,9 @@ def stops(load, tmp_path, monkeypatch, capfd):
             assert re.search(pattern, lines[0]), f"'{pattern}' is not in: {lines[0]}"
         assert end.value.code == status, lines[0]
         after = contents(tmp_path)
-        assert sorted(after) == sorted(before)
-        assert [name for name in after if after[name] != before[name]] == []
+        new = {name.split("/")[-1] for name in set(after) - set(before)}
+        assert new <= (ID_DATA if stores_id_data else set())
+        assert [name for name in before if after.get(name) != before[name]] == []
 
     return stops
 
@@ -263,7 +265,8 @@ def test_class_with_fewer_images_than_K(folder, stops):
 
 def test_more_neighbours_than_images(folder, stops, tmp_path):
     stops(2, SCAN, "--dir", folder, "--K", 431, say=["--K", "431"])
-    stops(2, SCAN, "--dir", tmp_path / "new", "--data", "digits:0-2", "--K", 431, say=["--K", "431"])
+    new = "--dir", tmp_path / "new", "--data", "digits:0-2"
+    stops(2, SCAN, *new, "--K", 431, say=["--K", "431"], stores_id_data=True)
 
 
 @pytest.mark.parametrize("option", ["--k", "--knn-k"])
@@ -340,7 +343,7 @@ def test_no_number_of_clusters(folder, stops, tmp_path):
     (tmp_path / "mine").mkdir()
     for name in ("train", "test"):
         shutil.copy(folder / f"{name}.npy", tmp_path / "mine")
-    stops(2, SCAN, "--dir", tmp_path / "mine", "--recipe", "digits", say=["--clusters"])
+    stops(2, SCAN, "--dir", tmp_path / "mine", "--recipe", "digits", say=["--clusters"], stores_id_data=True)
 
 
 @pytest.mark.parametrize(

@@ -73,12 +73,16 @@ def test_same_name_same_text(sources):
         ("evaluate", "os.replace(temporary, path)\n", "os.rename(temporary, path)\n", "save"),
         ("sample_sd_outliers", "(1 + w) * eps_c", "(1 - w) * eps_c", "guided_noise"),
         ("evaluate", "class Detector(nn.Module):\n", "@torch.no_grad\nclass Detector(nn.Module):\n", "Detector"),
-        ("train_text_encoder", 'DATA_HELP = "ID data', 'DATA_HELP = "Id data', "DATA_HELP"),
     ],
 )
 def test_an_edited_copy_is_found(sources, script, old, new, name):
     assert old in sources[script]
     assert drifted(sources | {script: sources[script].replace(old, new, 1)}) == [name]
+
+
+def test_an_edited_constant_is_found():
+    assert drifted({"a": "LIMIT = 1\n", "b": "LIMIT = 2\n"}) == ["LIMIT"]
+    assert drifted({"a": "LIMIT = 1\nRECIPES = {}\n", "b": "LIMIT = 1\nRECIPES = {1: 2}\n"}) == []
 
 
 def test_copied_helpers_are_short(sources):
@@ -194,12 +198,12 @@ def test_importing_does_nothing(load, monkeypatch, tmp_path, capfd, script):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pytest", "--no-such-option", "--help"])
     random = torch.get_rng_state(), np.random.get_state()[1].copy()
-    path, environment = list(sys.path), dict(os.environ)
+    path, environment, modules = list(sys.path), dict(os.environ), set(sys.modules)
     load.__wrapped__(script)  # not the module that other tests share
     assert capfd.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
     assert torch.equal(torch.get_rng_state(), random[0]) and (np.random.get_state()[1] == random[1]).all()
-    assert sys.path == path and os.environ == environment and script not in sys.modules
+    assert sys.path == path and os.environ == environment and (script in modules) == (script in sys.modules)
 
 
 # First `--help` into a file, then the first steps on the real streams: one start of Python for both.

@@ -287,7 +287,7 @@ def test_bad_directories_change_nothing(tmp_path, monkeypatch, capsys):
         ("--seed", -1),
     ):
         refuse(folder, "", 2, (option, value))
-    refuse(folder, "neighbours", 1, ("--knn-k", 41, "--ood-data", "patches"))
+    refuse(folder, "--knn-k 41", 2, ("--knn-k", 41, "--ood-data", "patches"))
 
     path = folder / "classifier_ce.pt"
     good, content = path.read_bytes(), torch.load(path, weights_only=True)
@@ -394,7 +394,9 @@ def test_grey_data_see_grey_outliers_only(tmp_path, monkeypatch):
     grey = np.rint(colour @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)[..., None].repeat(3, axis=3)
     np.save(tmp_path / "colour.npy", colour)
     np.save(tmp_path / "grey.npy", grey)
-    seen = types.SimpleNamespace(dir=folder, ood_data=[str(tmp_path / "colour.npy"), str(tmp_path / "grey.npy")])
+    seen = types.SimpleNamespace(
+        dir=folder, k=2, knn_k=5, ood_data=[str(tmp_path / "colour.npy"), str(tmp_path / "grey.npy")]
+    )
     _, sets, _ = evaluate.read_directory(seen)
     assert (
         np.array_equal(*(sets[name] for name in seen.ood_data)) and (np.ptp(sets[seen.ood_data[0]], axis=3) == 0).all()

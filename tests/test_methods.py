@@ -310,6 +310,14 @@ def test_seeds_differ_between_images_and_runs(script):
 
 
 @pytest.mark.parametrize("script", SAMPLERS)
+def test_steps_start_at_S_and_end_at_0(script):
+    assert script.quadratic_steps(100, 1) == [100]
+    assert script.quadratic_steps(100, 3) == [100, 25, 0]
+    steps = script.quadratic_steps(50, 20)
+    assert steps[0] == 50 and steps[-1] == 0 and steps == sorted(set(steps), reverse=True)
+
+
+@pytest.mark.parametrize("script", SAMPLERS)
 def test_pixels(script):
     x = torch.tensor([-2.0, -1.0, 0.0, 1.0]).view(1, 1, 2, 2)
     assert script.to_uint8(x).tolist() == [[[[0] * 3, [0] * 3], [[128] * 3, [255] * 3]]]

@@ -324,8 +324,9 @@ def main():
     sheet, source, classes = [], source.cpu().numpy(), classes.cpu().numpy()
     for c in range(min(len(Gamma), 10)):  # two sources of each class
         for s in list(dict.fromkeys(source[classes == c]))[:2]:
-            own = np.flatnonzero((source == s) & (classes == c))[:10]
-            sheet.append([images[s], *made[own], *np.full((10 - len(own), side, side, 3), 255, np.uint8)])
+            sheet.append([images[s], *made[np.flatnonzero((source == s) & (classes == c))[:10]]])
+    blank, width = np.full((side, side, 3), 255, np.uint8), max(map(len, sheet))
+    sheet = [row + [blank] * (width - len(row)) for row in sheet]
     contact_sheet(args.dir / f"{name}s.png", sheet)
     print(
         f"wrote {M} {name}s to {args.dir / (name + 's.npy')}, a contact sheet to {name}s.png (first column: the source)"

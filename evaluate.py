@@ -1,6 +1,6 @@
 """Scores, metrics, tables and pictures for the classifiers in the shared directory, or for anybody's scores.
 
-Paper A: energy, phi (section 3.3); beside them msp, maxlogit and knn (Sun et al., 2022). Paper B, x_d near x in D_in,
+Paper A: energy, phi; beside them msp, maxlogit and knn (Sun et al., 2022). Paper B, x_d near x in D_in,
 x_v in D_in and D_out, 1 : 1: Score(x) = sum_{i<=k} |f(x) - f(x_d^i)|^2 + alpha sum_{i<=k} 1[I(x_v^i) = 1].
 Every score is an OOD score: higher is more OOD; "score > threshold is OOD" reproduces fpr95.
 

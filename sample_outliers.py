@@ -1,4 +1,4 @@
-"""Paper A, steps 2 and 3: low-likelihood embeddings, decoded into outlier images (DREAM-OOD, sections 3.1 and 3.2).
+"""Paper A, steps 2 and 3: low-likelihood embeddings, decoded into outlier images (DREAM-OOD).
 
 Per class, on the unit sphere: the ID embeddings farthest from their K-th neighbour form the boundary; Gaussian noise
 around each boundary point gives candidates; those farthest from the ID data (largest d_K) are kept, given the norm of

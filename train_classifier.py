@@ -1,9 +1,9 @@
 """The detectors of both papers and their baseline: plain cross-entropy, DREAM-OOD, DREAM-ID, SD outliers.
 
 ce        CE on ID images: the baseline.
-dream     Paper A, eq. 7: CE(g_in(f(x)), y) + beta CE(phi(E(x)), 1[x is ID]), E the negative free energy; ID images and
+dream     Paper A: CE(g_in(f(x)), y) + beta CE(phi(E(x)), 1[x is ID]), E the negative free energy; ID images and
           imagined outliers share each batch, from the first step.
-dream-id  Paper A, section 4.3: CE on ID images and imagined inliers.
+dream-id  Paper A: CE on ID images and imagined inliers.
 sd        Paper B: CE(g_bin, I) + (1 - I) CE(g_in, y) + I lam CE(g_out, y), I = 1 for an outlier, y its pseudo-label.
 
 reads    train.npy with train.labels.npy (ce, dream), pseudo_labels.npy (sd; ce and dream without labels) or
@@ -181,7 +181,7 @@ def augment(images, args):
 
 
 def dream_loss(logits, labels, is_id, phi, beta):
-    """Paper A, eq. 7, for a batch of both kinds. logits (B, C); is_id (B,): True for ID; labels: of the ID ones."""
+    """Paper A: CE + beta CE(phi(E), is_id). logits (B, C); is_id (B,): True for ID; labels: of the ID images alone."""
     classification = F.cross_entropy(logits[is_id], labels)
     regularisation = F.cross_entropy(phi(energy(logits)[:, None]), is_id.long())  # class 1: ID, class 0: OOD
     return classification + beta * regularisation

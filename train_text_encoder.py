@@ -1,4 +1,4 @@
-"""Paper A, step 1: an image encoder aligned with the generator's token embeddings (DREAM-OOD, section 3.1, eq. 2).
+"""Paper A, step 1: an image encoder aligned with the generator's token embeddings (DREAM-OOD, eq. 2).
 
 The anchors Gamma are what the generator is conditioned on: here the rows of the class-embedding table of the diffusion
 model in --dir, a stand-in for Stable Diffusion's token table. The encoder h is trained so that the cosine of z = h(x)

@@ -313,13 +313,13 @@ def test_code_map_of_the_readme(names):
 @pytest.mark.parametrize(
     ("row", "wrong"),
     [
-        ("| A | eq. 7 | `train_classifier.py` | `dream_loss`, `energy` | `--beta` |", []),
+        ("| A | energy regularisation | `train_classifier.py` | `dream_loss`, `energy` | `--beta` |", []),
         ("| B | \\|x\\| | `sample_sd_outliers.py` | `guided_noise()` | `--w`, `--sampler ddpm` |", []),
         ("| B | B5 | `evaluate.py` | `Detector.forward` | |", []),
-        ("| A | eq. 7 | `train_classifier.py` | `dream_losses` | `--beta` |", ["dream_losses"]),
-        ("| A | eq. 7 | `train_classifier.py` | `pick` | `--betas`, `--lam` |", ["pick", "--betas"]),
-        ("| A | eq. 7 | `classifier.py` | | `--beta` |", ["classifier.py", "no function", "--beta"]),
-        ("| A | eq. 7 | `train_classifier.py` | `energy` | --beta |", ["not in backticks"]),
+        ("| A | energy regularisation | `train_classifier.py` | `dream_losses` | `--beta` |", ["dream_losses"]),
+        ("| A | energy regularisation | `train_classifier.py` | `pick` | `--betas`, `--lam` |", ["pick", "--betas"]),
+        ("| A | energy regularisation | `classifier.py` | | `--beta` |", ["classifier.py", "no function", "--beta"]),
+        ("| A | energy regularisation | `train_classifier.py` | `energy` | --beta |", ["not in backticks"]),
     ],
 )
 def test_a_wrong_row_of_the_map_is_found(names, row, wrong):

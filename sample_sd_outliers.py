@@ -133,8 +133,8 @@ def guided_noise(unet, x_t, t, c, null, w):
 def quadratic_steps(start, steps):
     """At most `steps` timesteps from start to 0, denser near 0.
 
-    With 20 of them DPM-Solver++ 2M follows the exact flow of Gaussian data from S = 100 to 0.2 percent; evenly spaced,
-    which is coarse where the last of the noise goes, to 0.8 percent, and from T = 1000 to 22 instead of 3 percent.
+    With 20 of them DPM-Solver++ 2M follows the exact flow of Gaussian data (std 0.15) from S = 100 to 0.2 percent, from
+    T to 3 percent; evenly spaced, which is coarse where the last of the noise goes, to 0.8 and 22 percent.
     """
     return np.unique(np.rint(start * np.linspace(1, 0, steps) ** 2).astype(int))[::-1].tolist()
 

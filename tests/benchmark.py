@@ -3,6 +3,8 @@
 python tests/benchmark.py seeds      # the six scripts for seeds 0, 1, 2, then the table of means and deviations
 python tests/benchmark.py table      # that table again from the results in --dir
 python tests/benchmark.py figures    # the README's pictures from the run of seed 0 in --dir
+python tests/benchmark.py format     # SD detectors that see the outliers raw: do grey levels give copies away?
+python tests/benchmark.py steps      # DPM-Solver++ on Gaussian data against the exact flow, by spacing of the steps
 python tests/benchmark.py knn        # d_K in chunked matmul form against torch.cdist, time and peak memory
 """
 
@@ -18,7 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from matplotlib.figure import Figure
+from sklearn.metrics import roc_auc_score
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -90,6 +94,54 @@ def figures(run, target):
     figure.savefig(target / "overview.png", dpi=80)
 
 
+def raw_format(folder):
+    """AUROC of sd's binary head, test images against copies of right label, when nothing is put in the ID format."""
+    import train_classifier as script
+
+    args = argparse.Namespace(**{option: row[1] for option, row in script.RECIPES.items()})
+    figures = []
+    for run in sorted(folder.glob("seed*")):
+        images, labels, test, copies = (
+            np.load(run / f"{name}.npy") for name in ("train", "pseudo_labels", "test", "sd_reconstructions_test")
+        )
+        outliers, outlier_labels = script.load_sd_images(run / "sd_outliers.npy", images, labels)
+        x, other, test, copies = (
+            torch.from_numpy(np.array(a)).permute(0, 3, 1, 2) for a in (images, outliers, test, copies)
+        )
+        torch.manual_seed(int(run.name.removeprefix("seed")))
+        net = script.train("sd", x, torch.from_numpy(labels), other, torch.from_numpy(outlier_labels), 6, args)
+        with torch.no_grad():
+            bins = [net(a.float() / 127.5 - 1)[1]["g_bin"].diff()[:, 0].numpy() for a in (test, copies)]
+        figures.append(100 * roc_auc_score([0] * len(test) + [1] * len(copies), np.concatenate(bins)))
+        print(f"{run.name}: {figures[-1]:.1f}", flush=True)
+    print(f"mean {np.mean(figures):.1f} ± {np.std(figures, ddof=1):.1f}")
+
+
+def steps():
+    """Relative error of 20 steps of DPM-Solver++ 2M from S to 0; mean 0.2, eps known, flow known in closed form."""
+    import sample_sd_outliers
+
+    scheduler = DDPMScheduler(1000, 1e-4, 0.02, "linear")
+    abar, mean = scheduler.alphas_cumprod.double(), 0.2
+    for std in (0.15, 0.5):
+        for S in (100, 200, 999):
+            torch.manual_seed(0)
+            x, eps, a = mean + std * torch.randn(4096).double(), torch.randn(4096).double(), abar[S]
+            x_S = a.sqrt() * x + (1 - a).sqrt() * eps
+            exact = mean + std * (x_S - a.sqrt() * mean) / (a * std**2 + 1 - a).sqrt()
+            errors = []
+            even = np.linspace(S, 0, 20, endpoint=False).round().astype(int).tolist()
+            for grid in (even, sample_sd_outliers.quadratic_steps(S, 20)):
+                solver, x_t = DPMSolverMultistepScheduler.from_config(scheduler.config), x_S.clone()
+                solver.set_timesteps(timesteps=grid)
+                for t in solver.timesteps:
+                    a = abar[int(t)]
+                    noise = (x_t - a.sqrt() * mean) * (1 - a).sqrt() / (a * std**2 + 1 - a)
+                    x_t = solver.step(noise, t, x_t).prev_sample
+                errors.append(100 * ((x_t - exact).norm() / exact.norm()).item())
+            print(f"std {std}, S = {S}: evenly spaced {errors[0]:.2f} %, quadratic {errors[1]:.2f} %")
+
+
 def knn():
     """DREAM-OOD's own shape: 75,000 candidates, 1,000 ID embeddings, d = 768, K = 300."""
     import sample_outliers
@@ -117,14 +169,14 @@ def knn():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("seeds", "table", "figures", "knn"))
+    parser.add_argument("what", choices=("seeds", "table", "figures", "format", "steps", "knn"))
     parser.add_argument(
         "--dir", type=Path, default=Path("runs/seeds"), help="folder of the runs (default: %(default)s)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     args = parser.parse_args()
-    if args.what == "knn":
-        knn()
+    if args.what in ("knn", "steps", "format"):
+        {"knn": knn, "steps": steps, "format": lambda: raw_format(args.dir)}[args.what]()
         return
     if args.what == "figures":
         figures(args.dir / "seed0", ROOT / ".github" / "figures")

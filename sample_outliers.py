@@ -63,9 +63,8 @@ def parse_recipe(parser):
     """Add an option per row of RECIPES, parse, and fill in args.data, args.device and what the recipe gives."""
     parser.error = lambda message: fail(f"{message}; see --help", 2)
     for option, (text, *values) in RECIPES.items():
-        choices = (
-            [values] * (option == "recipe") + [word.split("|") for word in text.split() if "|" in word] + [None]
-        )[0]
+        choices = next((word.split("|") for word in text.split() if "|" in word), None)
+        choices = values if option == "recipe" else choices
         text += f" (default: {'of the data set' if option == 'recipe' else ', '.join(map(str, values))})"
         parser.add_argument("--" + option.replace("_", "-"), help=text, choices=choices, type=type(values[0]))
     args, columns = parser.parse_args(), RECIPES["recipe"][1:]
@@ -292,6 +291,9 @@ def main():
         fail(f"{args.diffusion} was trained on t < {t_max} alone; run train_scan_diffusion.py with --t-max 1000")
     if not np.array_equal(unet.class_embedding.weight[:-1].detach().numpy(), Gamma):
         fail(f"anchors.npy is not of the model in {args.diffusion}; run train_text_encoder.py again")
+    side = unet.config.sample_size
+    if images.shape[1:3] != (side, side):
+        fail(f"train.npy holds images of {images.shape[1]} px, {args.diffusion} makes {side} px; retrain one of them")
     unet = unet.to(args.device)
     z = F.normalize(torch.from_numpy(np.array(z)).to(args.device), dim=1)
     Gamma = torch.from_numpy(np.array(Gamma)).to(args.device)
@@ -308,7 +310,7 @@ def main():
     v, classes, source, d_K, cosine, percentile = (torch.cat(part) for part in zip(*parts, strict=True))
     print(f"selection {args.selection}: mean percentile of d_K among the point's candidates {percentile.mean():.3f}")
 
-    name, M, side = "inlier" if args.inliers else "outlier", len(v), unet.config.sample_size
+    name, M = "inlier" if args.inliers else "outlier", len(v)
     partial = args.dir / f".partial.{name}s.npy"
     made = np.lib.format.open_memmap(partial, "w+", np.uint8, (M, side, side, 3))
     for i in tqdm(torch.arange(M).split(args.batch_size), desc="decoding", unit="batch"):

@@ -57,9 +57,8 @@ def parse_recipe(parser):
     """Add an option per row of RECIPES, parse, and fill in args.data, args.device and what the recipe gives."""
     parser.error = lambda message: fail(f"{message}; see --help", 2)
     for option, (text, *values) in RECIPES.items():
-        choices = (
-            [values] * (option == "recipe") + [word.split("|") for word in text.split() if "|" in word] + [None]
-        )[0]
+        choices = next((word.split("|") for word in text.split() if "|" in word), None)
+        choices = values if option == "recipe" else choices
         text += f" (default: {'of the data set' if option == 'recipe' else ', '.join(map(str, values))})"
         parser.add_argument("--" + option.replace("_", "-"), help=text, choices=choices, type=type(values[0]))
     args, columns = parser.parse_args(), RECIPES["recipe"][1:]

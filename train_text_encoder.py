@@ -61,9 +61,8 @@ def parse_recipe(parser):
     """Add an option per row of RECIPES, parse, and fill in args.data, args.device and what the recipe gives."""
     parser.error = lambda message: fail(f"{message}; see --help", 2)
     for option, (text, *values) in RECIPES.items():
-        choices = (
-            [values] * (option == "recipe") + [word.split("|") for word in text.split() if "|" in word] + [None]
-        )[0]
+        choices = next((word.split("|") for word in text.split() if "|" in word), None)
+        choices = values if option == "recipe" else choices
         text += f" (default: {'of the data set' if option == 'recipe' else ', '.join(map(str, values))})"
         parser.add_argument("--" + option.replace("_", "-"), help=text, choices=choices, type=type(values[0]))
     args, columns = parser.parse_args(), RECIPES["recipe"][1:]
@@ -179,11 +178,12 @@ def prepare_data(args):
         count = 0 if y is None or y_test is None else int(max(y.max(), y_test.max())) + 1
         if names != test_names or (y is None) != (y_test is None) or names and count > len(names):
             fail(f"{args.data}: train and test need the same classes, a name for each, and labels both or neither")
-        data = {"name": args.data, "classes": names or [*map(str, range(count))] or None, "image_size": args.image_size}
+        names = (names or [*map(str, range(count))]) if count else None
+        data = {"name": args.data, "classes": names, "image_size": args.image_size}
         data |= {"channels": 1 if (train == train[..., :1]).all() else 3, "train": len(train), "test": len(test)}
         data["digest"] = hashlib.sha256(train.tobytes() + test.tobytes()).hexdigest()[:16]
         for name, array in {"train": train, "test": test, "train.labels": y, "test.labels": y_test}.items():
-            if array is not None and not (args.dir / f"{name}.npy").exists():
+            if array is not None and args.data != str(args.dir):
                 save(args.dir / f"{name}.npy", array)
         save(args.dir / "data.json", json.dumps(data, indent=1) + "\n")
     images, labels = {}, {"train": None, "test": None}

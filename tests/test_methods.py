@@ -417,3 +417,27 @@ def test_folders_arrays_and_patches(tmp_path):
     images, labels, _ = train_scan_diffusion.read_images(str(tmp_path / "x.npy"), "test", 16)
     assert labels.tolist() == [0, 1] and (images == arrays[8:]).all()  # the fifth of each class
     assert train_scan_diffusion.read_images("patches", "ood", 8)[0].shape == (520, 8, 8, 3)
+
+
+def prepared(folder, data):
+    args = argparse.Namespace(dir=folder, data=data, image_size=8, device="cpu")
+    return train_scan_diffusion.prepare_data(args)
+
+
+def test_new_id_data_replaces_what_is_left_of_old(tmp_path):
+    prepared(tmp_path, "digits:0-2")
+    (tmp_path / "data.json").unlink()
+    (tmp_path / "train.npy").unlink()  # test.npy and the labels of other classes stay behind
+    data, images, labels = prepared(tmp_path, "digits:3-5")
+    test, y, _ = train_scan_diffusion.read_images("digits:3-5", "test", 8)
+    assert (images["test"].permute(0, 2, 3, 1).numpy() == test).all() and (labels["test"] == y).all()
+    assert data["classes"] == ["3", "4", "5"]
+
+
+def test_class_names_without_labels_are_left_out(tmp_path):
+    (tmp_path / "set").mkdir()
+    for name in ("train", "test"):
+        np.save(tmp_path / "set" / f"{name}.npy", np.zeros((4, 8, 8, 3), np.uint8))
+    (tmp_path / "set" / "classes.txt").write_text("cat\ndog\n")
+    data, _, labels = prepared(tmp_path / "run", str(tmp_path / "set"))
+    assert data["classes"] is None and labels == {"train": None, "test": None}

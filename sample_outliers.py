@@ -2,41 +2,49 @@
 
 Per class, on the unit sphere: the ID embeddings farthest from their K-th neighbour form the boundary; Gaussian noise
 around each boundary point gives candidates; those farthest from the ID data (largest d_K) are kept, given the norm of
-the class's anchor, and put in the anchor's place as the condition of the generator. --inliers (DREAM-ID) draws closer
-and keeps the candidates nearest to the ID data instead.
+the class's anchor, and put in the anchor's place as the condition of the generator: of the class word's token before
+the text transformer of Stable Diffusion (--diffusion: hub id or folder), or of the class embedding of the model of
+train_scan_diffusion.py. --inliers (DREAM-ID) draws closer and keeps the candidates nearest to the ID data instead.
 
 The released code scores candidates in one order and picks them in another, so that its choice does not depend on the
 score, and it shares one draw of noise among all boundary points. Here noise is independent and the pick is right;
---selection official repeats the released behaviour, so that the difference can be measured.
+--selection official repeats the released behaviour. Killed at any time, the same command goes on and ends with the
+same bytes; under torchrun the processes share the work, and the images are those of one process.
 
-reads    anchors.npy (C, d), id_embeddings.npy (N, d), id_labels.npy (N,) from train_text_encoder.py; train.npy for the
-         contact sheet; diffusion/
+reads    anchors.npy (C, d), id_embeddings.npy (N, d), id_labels.npy (N,), class_words.txt (Stable Diffusion alone) from
+         train_text_encoder.py; train.npy for image size and contact sheet; diffusion/ or the checkpoint
 writes   outlier_embeddings.npy (M, d) float32, outlier_labels.npy (M,) int64, outliers.npy (M, H, W, 3) uint8,
-         outliers.csv (index, class, source ID index, d_K, cosine to the source, seed), outliers.png (each row: the
-         source, then outliers made from it); with --inliers the same files named inlier(s)
+         outliers.csv (index, class, source ID index, d_K, cosine to the source, seed), outliers.json (all settings),
+         outliers.png (each row: the source, then outliers made from it); with --inliers the same files named inlier(s)
 
 python sample_outliers.py                               # digits 0-5: 900 outliers, seconds on two cores
-python sample_outliers.py --selection official          # the released selection
-python sample_outliers.py --inliers                     # DREAM-ID
+python sample_outliers.py --dir runs/cifar100 --diffusion CompVis/stable-diffusion-v1-4   # 100,000, as the paper
+torchrun --nproc_per_node 8 sample_outliers.py --dir runs/cifar100 --diffusion FOLDER --scheduler dpmpp --steps 20
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
+import re
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from torch import nn
 from torchvision.utils import save_image
 from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
 
-RECIPES = {  # option: help, value per recipe. cifar100, imagenet100: as released, apart from steps (PLMS, 50)
+RECIPES = {  # option: help, value per recipe. cifar100, imagenet100: as released, apart from how images are resized
     "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100", "imagenet100"),
     "seed": ("seed of every random number, 0 for the first run", 0, 0, 0, 0),
     "K": ("d_K is the distance to the K-th neighbour of the class, itself counted", 40, 300, 300, 300),
@@ -46,11 +54,19 @@ RECIPES = {  # option: help, value per recipe. cifar100, imagenet100: as release
     "keep": ("candidates kept per boundary point and round", 2, 2, 2, 2),
     "sigma": ("std of the noise if d were 768; times sqrt(768 / d), which keeps the cosine", 0.07, 0.03, 0.07, 0.03),
     "inlier_sigma": ("the same with --inliers", 0.01, 0.01, 0.01, 0.01),
-    "per_class": ("outliers per class", 150, 1000, 1000, 1000),
+    "per_class": ("images per class", 150, 1000, 1000, 1000),
+    "per_embedding": ("images per embedding, each from its own noise; the released code makes 3 to 4", 1, 1, 1, 1),
+    "balance": ("images of every class: equal|random ; the released code draws classes", *["equal"] * 4),
     "guidance": ("classifier-free guidance scale s = 1 + w; 1 is none", 2.0, 2.0, 7.5, 7.5),
-    "steps": ("steps of DPM-Solver++ 2M", 20, 20, 20, 20),
-    "batch_size": ("images decoded at a time", 256, 256, 256, 256),
+    "scheduler": ("solver: pndm|dpmpp|unipc|ddim ; pndm is PLMS, dpmpp fast", "dpmpp", "dpmpp", "pndm", "pndm"),
+    "steps": ("steps of the solver; 20 do for dpmpp", 20, 20, 50, 50),
+    "resolution": ("Stable Diffusion: px of the images made, 0 for those it was trained on", 0, 0, 0, 0),
+    "save_size": ("px of the images saved, 0 for those of train.npy", 0, 0, 0, 0),
+    "resize": ("filter: area|bilinear|nearest|lanczos ; bilinear has no antialias", *["area"] * 3, "bilinear"),
+    "dtype": ("Stable Diffusion: auto|fp32|fp16|bf16 ; auto is fp16 on a GPU, else fp32", *["auto"] * 4),
+    "batch_size": ("images decoded at a time, per process", 256, 256, 32, 32),
 }
+SOLVERS = {"pndm": "PNDM", "dpmpp": "DPMSolverMultistep", "unipc": "UniPCMultistep", "ddim": "DDIM"}
 
 
 def fail(message, status=1):
@@ -120,10 +136,10 @@ def load_diffusion(folder):
     if not (folder / "unet" / "config.json").exists():
         fail(f"{folder} holds no diffusion model; run train_scan_diffusion.py, or give --diffusion")
     try:
-        unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
+        unet = diffusers.UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
         if not unet.config.num_class_embeds:
             raise ValueError("it knows no classes")
-        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+        scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
         notes = folder / "training.json"
         t_max = json.loads(notes.read_text())["t_max"] if notes.exists() else scheduler.config.num_train_timesteps
     except Exception as error:  # diffusers, safetensors and json know many
@@ -131,23 +147,186 @@ def load_diffusion(folder):
     return unet, scheduler, t_max
 
 
+def is_stable_diffusion(checkpoint):
+    """Whether --diffusion names a text-to-image checkpoint (folder or hub id), not a class-conditional model."""
+    hub_id = not Path(checkpoint).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint)
+    return (Path(checkpoint) / "text_encoder").is_dir() or bool(hub_id)
+
+
+def load_text_model(checkpoint):
+    """Tokenizer and text model (CLIP) of a Stable Diffusion checkpoint, float32 on the CPU."""
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(checkpoint, subfolder="tokenizer")
+        part = {"subfolder": "text_encoder", "output_loading_info": True}
+        text_model, found = CLIPTextModel.from_pretrained(checkpoint, **part)
+        if found["missing_keys"]:  # transformers would go on with random weights
+            raise ValueError(f"text_encoder lacks {sorted(found['missing_keys'])[0]}: saved by another transformers?")
+    except Exception as error:  # the hub, transformers and safetensors know many
+        fail(f"no Stable Diffusion in {checkpoint} ({str(error).splitlines()[0]}); give --diffusion a hub id or folder")
+    return tokenizer, text_model.eval()
+
+
+def load_latent_diffusion(checkpoint, dtype, device):
+    """Parts of a Stable Diffusion checkpoint, without the safety checker: unet in --dtype; vae in float32, decoding in
+    bfloat16 if the UNet is half (float16 can overflow); config of the schedule; side and scale: px of its images, px
+    per latent pixel."""
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.float16 if "cuda" in device else torch.float32}
+    layout = torch.channels_last if "cuda" in device else torch.contiguous_format
+    diffusers.logging.set_verbosity_error()  # it warns of every change of precision
+    try:
+        unet = diffusers.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", low_cpu_mem_usage=False)
+        vae = diffusers.AutoencoderKL.from_pretrained(checkpoint, subfolder="vae", low_cpu_mem_usage=False)
+        config = diffusers.PNDMScheduler.load_config(checkpoint, subfolder="scheduler")
+        if unet.config.addition_embed_type:
+            raise ValueError("its UNet wants more than a prompt, as that of SDXL does")
+    except Exception as error:
+        fail(f"no Stable Diffusion in {checkpoint} ({str(error).splitlines()[0]}); give --diffusion a hub id or folder")
+    unet = unet.eval().to(device, half.get(dtype, torch.float32), memory_format=layout)
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    vae, side = vae.eval().to(device, memory_format=layout), unet.config.sample_size * scale
+    return SimpleNamespace(unet=unet, vae=vae, config=config, side=side, scale=scale)
+
+
+def read_class_words(path):
+    """Lines "word" or "word: phrase" -> [(word whose token is the anchor, phrase of the prompt)], class by class."""
+    lines = path.read_text().strip().splitlines() if path.exists() else []
+    parts = [[part.strip() for part in line.split(":")] for line in lines]
+    if not parts or any(not all(line) or len(line) > 2 for line in parts):
+        fail(f"{path} must hold a line per class, 'word' or 'word: phrase'; mend it, or run train_text_encoder.py")
+    return [(line[0], line[-1]) for line in parts]
+
+
+def tokenize(tokenizer, text_model, prompts):
+    """Token numbers (B, 77), cut off or padded to the length that the text model takes."""
+    length = text_model.config.max_position_embeddings
+    ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return ids.to(text_model.device)
+
+
+@torch.no_grad()
+def encode(text_model, ids, slots=None, embeddings=None):
+    """Conditioning (B, 77, d') of prompts ids (B, 77), with embeddings (B, d) as input where slots (B, 77) is True."""
+
+    def inject(module, inputs, output):
+        return output if slots is None else torch.where(slots[:, :, None], embeddings[:, None].to(output), output)
+
+    with text_model.get_input_embeddings().register_forward_hook(inject):
+        return text_model(ids).last_hidden_state
+
+
 def guided_noise(unet, x_t, t, c, null, w):
     """Paper B: eps_t = (1 + w) eps_theta(x_t, c) - w eps_theta(x_t). In diffusers' terms the guidance scale is 1 + w.
 
-    x_t (B, C, H, W); c: conditions, one per image; null: the condition that stands for none, of c's shape.
+    x_t (B, C, H, W): pixels or latents; c: conditions, one per image (class numbers, class embeddings, or encoded
+    prompts); null: the condition that stands for none, of c's shape. The sum is taken in float32.
     """
     if w == 0:
-        return unet(x_t, t, c).sample
-    eps_c, eps = unet(torch.cat([x_t, x_t]), t, torch.cat([c, null])).sample.chunk(2)
+        return unet(x_t.to(unet.dtype), t, c).sample.float()
+    eps_c, eps = unet(torch.cat([x_t, x_t]).to(unet.dtype), t, torch.cat([c, null])).sample.float().chunk(2)
     return (1 + w) * eps_c - w * eps
 
 
-def quadratic_steps(start, steps):
-    """At most `steps` timesteps from start to 0, denser near 0.
+@torch.no_grad()
+def decode_latents(sd, latents):
+    """Latents (B, 4, h, w) -> images (B, 3, H, W) in [-1, 1]; four at a time, since this takes the most memory."""
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=sd.unet.dtype != torch.float32):
+        parts = [sd.vae.decode(z / sd.vae.config.scaling_factor).sample for z in latents.split(4)]
+    return torch.cat(parts).float().clamp(-1, 1)
 
-    With 20 of them DPM-Solver++ 2M follows the exact flow of Gaussian data (std 0.15) from S = 100 to 0.2 percent, from
-    T to 3 percent; evenly spaced, which is coarse where the last of the noise goes, to 0.8 and 22 percent.
+
+def resize(x, side, how):
+    """(B, C, H, W) in [-1, 1] -> (B, C, side, side) by area|bilinear|nearest|lanczos."""
+    if x.shape[-1] == side:
+        return x
+    if how == "lanczos":
+        images = [Image.fromarray(image).resize((side, side), Image.LANCZOS) for image in to_uint8(x)]
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+    return F.interpolate(x, (side, side), mode=how)
+
+
+def join_processes():
+    """Rank and number of the processes of torchrun, (0, 1) without it. All but the first stop printing."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))  # only to wait for each other
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return rank, world
+
+
+def settings_of(args, **more):
+    """What the images depend on, as plain types: every option but those of place and speed, and `more`."""
+    aside = ("dir", "data", "recipe", "device", "batch_size", "compile", "restart")
+    where = Path(args.diffusion).resolve() if Path(args.diffusion).exists() else args.diffusion
+    return {name: value for name, value in vars(args).items() if name not in aside} | {"diffusion": str(where)} | more
+
+
+def open_job(folder, stem, settings, begin, restart):
+    """Make sure that .partial.<stem>.npy is there to be filled, unless <stem>.npy is complete for these settings.
+
+    settings (plain types) say all that the images depend on. begin() makes a fresh .partial.<stem>.npy and what goes
+    with it. An unfinished job of other settings is not dropped without `restart`.
     """
+    complete, partial = folder / f"{stem}.json", folder / f".partial.{stem}.json"
+    held, begun = (json.loads(path.read_text()) if path.exists() else None for path in (complete, partial))
+    if begun is None and held == settings and (folder / f"{stem}.npy").exists() and not restart:
+        print(f"{folder / stem}.npy is complete for these settings; --restart makes it again")
+    elif begun is None or restart:
+        for old in sorted(folder.glob(f".partial.{stem}.*")):  # .json before .npy
+            old.unlink()
+        begin()
+        save(partial, json.dumps(settings, indent=1) + "\n")
+    elif begun != settings:
+        other = next((name for name in settings if begun.get(name) != settings[name]), "version")
+        was = f"{other} {begun.get(other)}, not {settings.get(other)}"
+        fail(f"{folder} holds unfinished {stem} with {was}; give that again, or --restart to drop them")
+
+
+def fill_job(folder, stem, batch_size, make, rank, world):
+    """Fill .partial.<stem>.npy in blocks of batch_size rows: make(rows) -> images (len(rows), H, W, 3) uint8.
+
+    Process number `rank` of `world` takes every world-th block and appends the rows that it finished, as int64, to its
+    record. Blocks are made whole, so that neither interruptions nor the number of processes change which images are
+    computed together, on which the last bit of an image can depend.
+    """
+    path, record = folder / f".partial.{stem}.npy", folder / f".partial.{stem}.done{rank}"
+    if not path.exists():
+        return  # it has its final name: only the last steps were missing
+    array, finished = np.load(path, mmap_mode="r"), set()
+    for old in folder.glob(f".partial.{stem}.done*"):
+        finished.update(np.fromfile(old, np.int64).tolist())
+    blocks = [range(i, min(i + batch_size, len(array))) for i in range(0, len(array), batch_size)][rank::world]
+    todo = [block for block in blocks if not finished.issuperset(block)]
+    count, left = (sum(map(len, part)) for part in (blocks, todo))
+    bar = tqdm(total=count, initial=count - left, desc=stem, unit="image", disable=rank > 0)
+    with open(path, "r+b") as file, open(record, "ab") as done:
+        done.truncate(done.tell() // 8 * 8)  # the last number may have been cut off
+        for block in todo:
+            file.seek(array.offset + block[0] * array[0].nbytes)
+            file.write(make(np.array(block)).tobytes())
+            file.flush()
+            os.fsync(file.fileno())  # images reach the disk before the record of them
+            np.array(block, np.int64).tofile(done)
+            done.flush()
+            bar.update(len(block))
+
+
+def close_job(folder, stem, names, draw):
+    """Give the finished files their final names, draw() the pictures of them; the settings come last."""
+    (folder / f"{stem}.json").unlink(missing_ok=True)
+    for name in reversed(names):  # the images first: while they are partial, so is all that making them needs
+        if (partial := folder / f".partial.{name}").exists():
+            os.replace(partial, folder / name)
+    draw()
+    for record in folder.glob(f".partial.{stem}.done*"):
+        record.unlink()
+    os.replace(folder / f".partial.{stem}.json", folder / f"{stem}.json")
+
+
+def quadratic_steps(start, steps):
+    """At most `steps` timesteps from start to 0, denser near 0, where the last of the noise goes."""
+    # 20 of DPM-Solver++ follow the exact flow of Gaussian data (std 0.15) from T to 3 percent, evenly spaced to 22
     return np.unique(np.rint(start * np.linspace(1, 0, steps) ** 2).astype(int))[::-1].tolist()
 
 
@@ -219,121 +398,202 @@ def sample_embeddings(z, count, sigma, args):
     return [torch.cat(parts)[:count] for parts in zip(*found, strict=True)]
 
 
+def make_solver(config, name, steps, pixels, device):
+    """A diffusers scheduler, set to `steps` steps from pure noise. In pixel space x_0 is clipped to [-1, 1]."""
+    clip = {"thresholding": True, "sample_max_value": 1.0} if pixels else {}
+    more = {"pndm": {"skip_prk_steps": True}, "ddim": {"clip_sample": pixels}}.get(name, clip)
+    solver = getattr(diffusers, SOLVERS[name] + "Scheduler").from_config(config, **more)
+    quadratic = {"timesteps": quadratic_steps(config["num_train_timesteps"] - 1, steps)}
+    solver.set_timesteps(device=device, **(quadratic if name == "dpmpp" and pixels else {"num_inference_steps": steps}))
+    return solver
+
+
 @torch.no_grad()
-def decode(unet, scheduler, embeddings, numbers, args):
-    """Images (B, C, H, W) in [-1, 1] for embeddings (B, d), which stand where the class embedding stood."""
-    table = unet.class_embedding
-    null = table.weight[-1].expand_as(embeddings)
-    solver = DPMSolverMultistepScheduler.from_config(scheduler.config, thresholding=True, sample_max_value=1.0)
-    solver.set_timesteps(timesteps=quadratic_steps(scheduler.config.num_train_timesteps - 1, args.steps))
-    generators = [torch.Generator().manual_seed(image_seed(args.seed, i)) for i in numbers]
-    side = unet.config.sample_size
-    shape = (len(embeddings), unet.config.in_channels, side, side)
-    x = randn_tensor(shape, generators, embeddings.device)
-    unet.class_embedding = nn.Identity()  # conditions are embeddings now, not class numbers
-    try:
-        for t in solver.timesteps:
-            eps_t = guided_noise(unet, x, t, embeddings, null, args.guidance - 1)
-            x = solver.step(eps_t, t, x).prev_sample
-    finally:
-        unet.class_embedding = table
+def denoise(unet, solver, c, null, seeds, side, guidance):
+    """Images or latents (B, C, side, side) under conditions c (B, ...), each from the noise of its own seed."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    x = randn_tensor((len(c), unet.config.in_channels, side, side), generators, c.device, torch.float32)
+    x = x * solver.init_noise_sigma
+    for t in solver.timesteps:
+        eps_t = guided_noise(unet, solver.scale_model_input(x, t), t, c, null, guidance - 1)
+        x = solver.step(eps_t, t, x).prev_sample
     return x
 
 
-def contact_sheet(path, rows):
-    """Save rows of (H, W, 3) uint8 images as one picture, small images enlarged."""
-    sheet = torch.from_numpy(np.stack([image for row in rows for image in row])).permute(0, 3, 1, 2).float() / 255
-    sheet = F.interpolate(sheet, scale_factor=max(1, 64 // sheet.shape[-1]))
-    temporary = path.with_name(f".partial.{path.name}")
-    save_image(sheet, temporary, nrow=len(rows[0]), pad_value=1.0)
-    os.replace(temporary, path)
+def class_decoder(args, Gamma):
+    """decode(v, classes, seeds) -> images in [-1, 1], v (B, d) in place of the class embedding; and their side."""
+    unet, scheduler, t_max = load_diffusion(Path(args.diffusion))
+    table = unet.class_embedding.weight.detach()
+    if t_max < scheduler.config.num_train_timesteps:
+        fail(f"{args.diffusion} was trained on t < {t_max} alone; run train_scan_diffusion.py with --t-max 1000")
+    if not np.array_equal(table[:-1].numpy(), Gamma):
+        fail(f"anchors.npy is not of the model in {args.diffusion}; run train_text_encoder.py again")
+    unet.class_embedding = nn.Identity()  # conditions are embeddings now, not class numbers
+    unet, null, side = unet.to(args.device), table[-1].to(args.device), unet.config.sample_size
+    unet = torch.compile(unet) if args.compile else unet
+
+    def decode(v, classes, seeds):
+        solver = make_solver(scheduler.config, args.scheduler, args.steps, True, args.device)
+        return denoise(unet, solver, v, null.expand_as(v), seeds, side, args.guidance)
+
+    return decode, side
+
+
+def class_slots(tokenizer, text_model, words, Gamma, template):
+    """Token numbers (C, 77) of every class's prompt and where in it the anchored token stands, (C, 77) bool."""
+    table, slots = text_model.get_input_embeddings().weight.detach(), []
+    prompts = [template.replace("{class}", phrase) for _, phrase in words]
+    ids = tokenize(tokenizer, text_model, prompts)
+    if len(words) != len(Gamma) or Gamma.shape[1] != table.shape[1]:
+        fail("anchors.npy does not fit --diffusion and class_words.txt; run train_text_encoder.py again")
+    for (word, _), gamma, prompt, row in zip(words, torch.from_numpy(np.array(Gamma)), prompts, ids, strict=True):
+        tokens = tokenizer(word, add_special_tokens=False).input_ids
+        if torch.equal(table[tokens[0]], gamma):  # --multi-token first; for the mean all tokens are replaced
+            tokens = tokens[:1]
+        elif not torch.allclose(table[tokens].mean(0), gamma, atol=1e-6):
+            fail(f"the anchor of '{word}' is not of --diffusion; run train_text_encoder.py again")
+        slots.append(torch.isin(row, torch.tensor(tokens)))
+        if not slots[-1].any():
+            fail(f"the anchored token of '{word}' does not occur in '{prompt}': its outliers would be plain images", 2)
+    return ids, torch.stack(slots)
+
+
+def text_decoder(args, Gamma):
+    """decode(v, classes, seeds) -> images in [-1, 1], v (B, d) in place of the class word's token; and their side."""
+    tokenizer, text_model = load_text_model(args.diffusion)
+    words = read_class_words(args.dir / "class_words.txt")
+    ids, slots = class_slots(tokenizer, text_model, words, Gamma, args.prompt)
+    sd = load_latent_diffusion(args.diffusion, args.dtype, args.device)
+    side, grain = args.resolution or sd.side, sd.scale * 2 ** (len(sd.unet.config.block_out_channels) - 1)
+    if side % grain:
+        fail(f"--resolution is {side}; it must be a multiple of {grain}", 2)
+    text_model, ids, slots = text_model.to(args.device, sd.unet.dtype), ids.to(args.device), slots.to(args.device)
+    null = encode(text_model, tokenize(tokenizer, text_model, [""]))  # (1, 77, d')
+    run = torch.compile(sd.unet) if args.compile else sd.unet
+
+    def decode(v, classes, seeds):
+        c = encode(text_model, ids[classes], slots[classes], v)
+        solver = make_solver(sd.config, args.scheduler, args.steps, False, args.device)
+        latents = denoise(run, solver, c, null.expand_as(c), seeds, side // sd.scale, args.guidance)
+        return decode_latents(sd, latents)
+
+    return decode, side
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/digits"), help="shared directory (default: %(default)s)")
-    parser.add_argument("--diffusion", type=Path, help="folder of the generator (default: diffusion/ of --dir)")
+    parser.add_argument("--diffusion", help="Stable Diffusion, hub id or folder (default: diffusion/ of --dir)")
+    text = "Stable Diffusion: prompt, where {class} is the class's phrase (default: '%(default)s')"
+    parser.add_argument("--prompt", default="A high-quality image of the {class}", help=text)
     text = "how candidates are kept: by d_K, as the released code does it, or at random (default: %(default)s)"
     parser.add_argument("--selection", choices=("knn", "official", "random"), default="knn", help=text)
     parser.add_argument("--inliers", action="store_true", help="DREAM-ID: sample inliers, to inliers.npy")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then faster")
+    parser.add_argument("--restart", action="store_true", help="drop what an earlier run left in --dir")
     parser.add_argument("--device", help="torch device (default: cuda, mps or cpu)")
     args = parse_recipe(parser)
-    args.diffusion = args.diffusion or args.dir / "diffusion"
+    args.diffusion = args.diffusion or str(args.dir / "diffusion")
     if args.keep > args.candidates or args.draw > args.boundary or args.guidance < 1:
         fail("--keep is at most --candidates, --draw at most --boundary, --guidance at least 1", 2)
     return args
 
 
 def load_inputs(args):
-    """Gamma (C, d), z (N, d) on the unit sphere, labels (N,), ID images; checked against each other and the options."""
+    """Gamma (C, d), z (N, d) with labels (N,), ID images or None; checked against each other and the options."""
     writer = "train_text_encoder.py"
     Gamma = load_array(args.dir / "anchors.npy", (None, None), np.float32, writer)
     z = load_array(args.dir / "id_embeddings.npy", (None, Gamma.shape[1]), np.float32, writer)
     labels = load_array(args.dir / "id_labels.npy", z.shape[:1], np.int64, writer)
-    images = load_array(args.dir / "train.npy", (len(z), None, None, 3), np.uint8, "train_scan_diffusion.py")
+    train, shape = args.dir / "train.npy", (len(z), None, None, 3)  # where images have no size, that of train.npy
+    images = load_array(train, shape, np.uint8, "the first script") if train.exists() or not args.save_size else None
     counts = np.bincount(labels, minlength=len(Gamma))
     if len(counts) > len(Gamma):
         fail(f"{args.dir / 'id_labels.npy'} has labels past the {len(Gamma)} anchors; run {writer} again")
     if counts.min() < max(args.K, 1 if args.inliers else args.boundary):
         need = f"--K {args.K} and --boundary {args.boundary}"
         fail(f"class {counts.argmin()} has {counts.min()} images in id_labels.npy, too few for {need}; lower these", 2)
-    if (np.linalg.norm(z, axis=1) == 0).any():
+    if not np.einsum("nd,nd->n", z, z).all():
         fail(f"{args.dir / 'id_embeddings.npy'} holds an embedding of length 0; run {writer} again")
     return Gamma, z, labels, images
 
 
-def main():
-    args = parse_args()
-    torch.manual_seed(args.seed)
-    Gamma, z, labels, images = load_inputs(args)
-    unet, scheduler, t_max = load_diffusion(args.diffusion)
-    if t_max < scheduler.config.num_train_timesteps:
-        fail(f"{args.diffusion} was trained on t < {t_max} alone; run train_scan_diffusion.py with --t-max 1000")
-    if not np.array_equal(unet.class_embedding.weight[:-1].detach().numpy(), Gamma):
-        fail(f"anchors.npy is not of the model in {args.diffusion}; run train_text_encoder.py again")
-    side = unet.config.sample_size
-    if images.shape[1:3] != (side, side):
-        fail(f"train.npy holds images of {images.shape[1]} px, {args.diffusion} makes {side} px; retrain one of them")
-    unet = unet.to(args.device)
-    z = F.normalize(torch.from_numpy(np.array(z)).to(args.device), dim=1)
-    Gamma = torch.from_numpy(np.array(Gamma)).to(args.device)
+def sample_all(folder, name, Gamma, z, labels, side, args):
+    """The embeddings of every class, and what goes with them, to .partial files; room for the images."""
     sigma = (args.inlier_sigma if args.inliers else args.sigma) * math.sqrt(768 / z.shape[1])
     cosine = 1 / math.sqrt(1 + z.shape[1] * sigma**2)
     print(f"d = {z.shape[1]}, sigma = {sigma:.4f}: expected cosine of a candidate to its boundary point {cosine:.2f}")
+    torch.manual_seed(args.seed)
+    counts = np.full(len(Gamma), args.per_class)  # images per class
+    if args.balance == "random":
+        drawn = np.random.default_rng(args.seed).integers(len(Gamma), size=counts.sum())
+        counts = np.bincount(drawn, minlength=len(Gamma))
+    rows, percentiles, M = ["index,class,source,d_K,cosine,seed"], [], int(counts.sum())
+    path, empty = folder / f".partial.{name}_embeddings.npy", np.lib.format.open_memmap
+    empty(path, "w+", np.float32, (M, z.shape[1])).flush()
+    for c in tqdm(np.flatnonzero(counts), desc="embeddings", unit="class"):
+        own, first = torch.from_numpy((labels == c).nonzero()[0]), len(rows) - 1
+        unit_z = F.normalize(torch.from_numpy(z[own.numpy()]).to(args.device), dim=1)
+        v, source, d_K, percentile = sample_embeddings(unit_z, -(-counts[c] // args.per_embedding), sigma, args)
+        cosine, percentiles = (v * unit_z[source]).sum(1), [*percentiles, percentile.mean().item()]
+        repeat = torch.arange(len(v)).repeat_interleave(args.per_embedding)[: counts[c]]
+        v = (v.cpu() * np.linalg.norm(Gamma[c]).item())[repeat].numpy()
+        np.load(path, mmap_mode="r+")[first : first + len(v)] = v  # a map that stays open would count as memory
+        columns = (column[repeat].tolist() for column in (own[source.cpu()], d_K.cpu(), cosine.cpu()))
+        for i, (s, d, cos) in enumerate(zip(*columns, strict=True), first):
+            rows.append(f"{i},{c},{s},{d:.5f},{cos:.5f},{image_seed(args.seed, i)}")
+    print(f"selection {args.selection}: mean percentile of d_K among a point's candidates {np.mean(percentiles):.3f}")
+    save(folder / f".partial.{name}_labels.npy", np.arange(len(Gamma)).repeat(counts))
+    save(folder / f".partial.{name}s.csv", "\n".join(rows) + "\n")
+    empty(folder / f".partial.{name}s.npy", "w+", np.uint8, (M, side, side, 3)).flush()
 
-    parts = []
-    for c in tqdm(range(len(Gamma)), desc="embeddings"):
-        own = torch.from_numpy((labels == c).nonzero()[0]).to(args.device)
-        v, source, d_K, percentile = sample_embeddings(z[own], args.per_class, sigma, args)
-        cosine = (v * z[own][source]).sum(1)
-        parts.append((v * Gamma[c].norm(), torch.full_like(source, c), own[source], d_K, cosine, percentile))
-    v, classes, source, d_K, cosine, percentile = (torch.cat(part) for part in zip(*parts, strict=True))
-    print(f"selection {args.selection}: mean percentile of d_K among the point's candidates {percentile.mean():.3f}")
 
-    name, M = "inlier" if args.inliers else "outlier", len(v)
-    partial = args.dir / f".partial.{name}s.npy"
-    made = np.lib.format.open_memmap(partial, "w+", np.uint8, (M, side, side, 3))
-    for i in tqdm(torch.arange(M).split(args.batch_size), desc="decoding", unit="batch"):
-        made[i.numpy()] = to_uint8(decode(unet, scheduler, v[i], i.tolist(), args))
-    made.flush()
-    os.replace(partial, args.dir / f"{name}s.npy")
-    save(args.dir / f"{name}_embeddings.npy", v.cpu().numpy())
-    save(args.dir / f"{name}_labels.npy", classes.cpu().numpy())
-    columns = zip(*(column.tolist() for column in (classes, source, d_K, cosine)), strict=True)
-    rows = [f"{i},{c},{s},{d:.5f},{cos:.5f},{image_seed(args.seed, i)}" for i, (c, s, d, cos) in enumerate(columns)]
-    save(args.dir / f"{name}s.csv", "\n".join(["index,class,source,d_K,cosine,seed", *rows]) + "\n")
+def contact_sheet(folder, name, images):
+    """<name>s.png: two sources of each of at most ten classes: the source (where train.npy is), then images of it."""
+    made = np.load(folder / f"{name}s.npy", mmap_mode="r")
+    table = np.loadtxt(folder / f"{name}s.csv", delimiter=",", skiprows=1, usecols=(1, 2), ndmin=2).astype(int)
+    rows, side = [], made.shape[1]
+    for c in np.unique(table[:, 0])[:10]:
+        for s in list(dict.fromkeys(table[table[:, 0] == c, 1]))[:2]:
+            source = [] if images is None else [np.array(Image.fromarray(images[s]).resize((side, side)))]
+            rows.append([*source, *made[np.flatnonzero((table == (c, s)).all(1))[:10]]])
+    blank, width = np.full((side, side, 3), 255, np.uint8), max(map(len, rows))
+    sheet = torch.from_numpy(np.stack([image for row in rows for image in row + [blank] * (width - len(row))]))
+    sheet = F.interpolate(sheet.permute(0, 3, 1, 2) / 255, scale_factor=max(1, 64 // side))
+    save_image(sheet, folder / f".partial.{name}s.png", nrow=width, pad_value=1.0)
+    os.replace(folder / f".partial.{name}s.png", folder / f"{name}s.png")
 
-    sheet, source, classes = [], source.cpu().numpy(), classes.cpu().numpy()
-    for c in range(min(len(Gamma), 10)):  # two sources of each class
-        for s in list(dict.fromkeys(source[classes == c]))[:2]:
-            sheet.append([images[s], *made[np.flatnonzero((source == s) & (classes == c))[:10]]])
-    blank, width = np.full((side, side, 3), 255, np.uint8), max(map(len, sheet))
-    sheet = [row + [blank] * (width - len(row)) for row in sheet]
-    contact_sheet(args.dir / f"{name}s.png", sheet)
-    print(
-        f"wrote {M} {name}s to {args.dir / (name + 's.npy')}, a contact sheet to {name}s.png (first column: the source)"
-    )
-    print(f"next: python sample_sd_outliers.py --dir {args.dir}, or python train_classifier.py --dir {args.dir}")
+
+def main():
+    rank, world = join_processes()
+    args = parse_args()
+    Gamma, z, labels, images = load_inputs(args)
+    decode, made_side = (text_decoder if is_stable_diffusion(args.diffusion) else class_decoder)(args, Gamma)
+    side, name, inputs = args.save_size or images.shape[1], "inlier" if args.inliers else "outlier", hashlib.sha256()
+    print(f"images of {made_side} px are made, {side} px saved" + f", resized by {args.resize}" * (side != made_side))
+    for array in (Gamma, z, labels):
+        inputs.update(np.ascontiguousarray(array))
+    settings = settings_of(args, save_size=side, resolution=made_side, inputs=inputs.hexdigest())
+    if rank == 0:
+        begin = lambda: sample_all(args.dir, name, Gamma, z, labels, side, args)  # noqa: E731
+        open_job(args.dir, f"{name}s", settings, begin, args.restart)
+    torch.distributed.barrier() if world > 1 else None
+    if not (args.dir / f".partial.{name}s.json").exists():
+        return
+    files = [f"{name}_embeddings.npy", f"{name}_labels.npy", f"{name}s.csv", f"{name}s.npy"]
+
+    def make(rows):
+        v, classes = (np.load(args.dir / f".partial.{part}", mmap_mode="r")[rows] for part in files[:2])
+        seeds = [image_seed(args.seed, i) for i in rows.tolist()]
+        x = decode(torch.from_numpy(v).to(args.device), torch.from_numpy(classes).to(args.device), seeds)
+        return to_uint8(resize(x, side, args.resize))
+
+    fill_job(args.dir, f"{name}s", args.batch_size, make, rank, world)
+    torch.distributed.barrier() if world > 1 else None
+    if rank == 0:
+        close_job(args.dir, f"{name}s", files, lambda: contact_sheet(args.dir, name, images))
+        print(f"wrote {args.dir / name}s.npy, .csv, .json and a contact sheet {name}s.png (first column: the source)")
+        print(f"next: python sample_sd_outliers.py --dir {args.dir}, or python train_classifier.py --dir {args.dir}")
 
 
 if __name__ == "__main__":

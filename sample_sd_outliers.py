@@ -5,38 +5,53 @@ x_S = sqrt(abar_S) x + sqrt(1 - abar_S) eps, denoise from S to 0 with
 eps_t = (1 + w) eps_theta(x_t, c_r) - w eps_theta(x_t). The outlier keeps the look of x and the label y~, but not its
 meaning. One outlier per image.
 
-reads    train.npy (N, H, W, 3) uint8, pseudo_labels.npy (N,) int64, diffusion/; with --split test: test.npy,
-         test_pseudo_labels.npy
-writes   sd_outliers.npy (N, H, W, 3) uint8, sd_outliers.csv (index, source, y, c_r, seed), sd_outliers.png (the source
-         above, its outlier below, with y~ -> c_r); the names end in _test with --split test; sd_reconstructions with
-         --reconstruct, which denoises under c_r := y~
+With Stable Diffusion (--diffusion: hub id or folder) x is the latent of the image, y~ the data set's label, and the
+condition the prompt of the wrong class: an extension, the paper's model is class-conditional and in pixel space.
+Killed at any time, the same command goes on and ends with the same bytes; torchrun shares the work.
+
+reads    train.npy (N, H, W, 3) uint8, pseudo_labels.npy (N,) int64, diffusion/; with Stable Diffusion train.labels.npy
+         and the class names, from class_words.txt or data.json; with --split test: test.npy, test_pseudo_labels.npy
+writes   sd_outliers.npy (N, H, W, 3) uint8, sd_outliers.csv (index, source, y, c_r, seed), sd_outliers.json (all
+         settings), sd_outliers.png (the source above, its outlier below, with y~ -> c_r); the names end in _test with
+         --split test; sd_reconstructions with --reconstruct, which denoises under c_r := y~
 
 python sample_sd_outliers.py                                # digits 0-5: 870 outliers, seconds on two cores
 python sample_sd_outliers.py --split test                   # an OOD test set made of test images
 python sample_sd_outliers.py --split test --reconstruct     # does a detector see meaning, or that it was generated?
+python sample_sd_outliers.py --dir runs/cifar100 --diffusion CompVis/stable-diffusion-v1-4
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
+import re
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
+import diffusers
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
 
-RECIPES = {  # option: help, value per recipe. cifar10: S and w as published
-    "recipe": ("column of the table RECIPES", "digits", "cifar10"),
-    "seed": ("seed of every random number, 0 for the first run", 0, 0),
-    "S": ("start step of the linear T = 1000 schedule", 150, 100),
-    "w": ("guidance weight, 0 for none; diffusers' scale is 1 + w", 2.0, 2.0),
-    "steps": ("dpmpp: steps from S to 0", 20, 20),
-    "batch_size": ("images denoised at a time", 256, 256),
+RECIPES = {  # option: help, value per recipe. cifar10: S and w as published; the others with Stable Diffusion: the same
+    "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100", "imagenet100"),
+    "seed": ("seed of every random number, 0 for the first run", 0, 0, 0, 0),
+    "S": ("start step of the T = 1000 steps; what counts is the std of the noise, printed", 150, 100, 100, 100),
+    "w": ("guidance weight, 0 for none; diffusers' scale is 1 + w", 2.0, 2.0, 2.0, 2.0),
+    "steps": ("dpmpp: steps from S to 0", 20, 20, 20, 20),
+    "resolution": ("Stable Diffusion: px at which it works, 0 for those it was trained on", 0, 0, 0, 0),
+    "resize": ("filter back to the size of train.npy: area|bilinear|nearest|lanczos", *["area"] * 4),
+    "dtype": ("Stable Diffusion: auto|fp32|fp16|bf16 ; auto is fp16 on a GPU, else fp32", *["auto"] * 4),
+    "batch_size": ("images denoised at a time, per process", 256, 256, 32, 32),
 }
 
 
@@ -107,10 +122,10 @@ def load_diffusion(folder):
     if not (folder / "unet" / "config.json").exists():
         fail(f"{folder} holds no diffusion model; run train_scan_diffusion.py, or give --diffusion")
     try:
-        unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
+        unet = diffusers.UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
         if not unet.config.num_class_embeds:
             raise ValueError("it knows no classes")
-        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+        scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
         notes = folder / "training.json"
         t_max = json.loads(notes.read_text())["t_max"] if notes.exists() else scheduler.config.num_train_timesteps
     except Exception as error:  # diffusers, safetensors and json know many
@@ -118,23 +133,186 @@ def load_diffusion(folder):
     return unet, scheduler, t_max
 
 
+def is_stable_diffusion(checkpoint):
+    """Whether --diffusion names a text-to-image checkpoint (folder or hub id), not a class-conditional model."""
+    hub_id = not Path(checkpoint).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint)
+    return (Path(checkpoint) / "text_encoder").is_dir() or bool(hub_id)
+
+
+def load_text_model(checkpoint):
+    """Tokenizer and text model (CLIP) of a Stable Diffusion checkpoint, float32 on the CPU."""
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(checkpoint, subfolder="tokenizer")
+        part = {"subfolder": "text_encoder", "output_loading_info": True}
+        text_model, found = CLIPTextModel.from_pretrained(checkpoint, **part)
+        if found["missing_keys"]:  # transformers would go on with random weights
+            raise ValueError(f"text_encoder lacks {sorted(found['missing_keys'])[0]}: saved by another transformers?")
+    except Exception as error:  # the hub, transformers and safetensors know many
+        fail(f"no Stable Diffusion in {checkpoint} ({str(error).splitlines()[0]}); give --diffusion a hub id or folder")
+    return tokenizer, text_model.eval()
+
+
+def load_latent_diffusion(checkpoint, dtype, device):
+    """Parts of a Stable Diffusion checkpoint, without the safety checker: unet in --dtype; vae in float32, decoding in
+    bfloat16 if the UNet is half (float16 can overflow); config of the schedule; side and scale: px of its images, px
+    per latent pixel."""
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.float16 if "cuda" in device else torch.float32}
+    layout = torch.channels_last if "cuda" in device else torch.contiguous_format
+    diffusers.logging.set_verbosity_error()  # it warns of every change of precision
+    try:
+        unet = diffusers.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", low_cpu_mem_usage=False)
+        vae = diffusers.AutoencoderKL.from_pretrained(checkpoint, subfolder="vae", low_cpu_mem_usage=False)
+        config = diffusers.PNDMScheduler.load_config(checkpoint, subfolder="scheduler")
+        if unet.config.addition_embed_type:
+            raise ValueError("its UNet wants more than a prompt, as that of SDXL does")
+    except Exception as error:
+        fail(f"no Stable Diffusion in {checkpoint} ({str(error).splitlines()[0]}); give --diffusion a hub id or folder")
+    unet = unet.eval().to(device, half.get(dtype, torch.float32), memory_format=layout)
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    vae, side = vae.eval().to(device, memory_format=layout), unet.config.sample_size * scale
+    return SimpleNamespace(unet=unet, vae=vae, config=config, side=side, scale=scale)
+
+
+def read_class_words(path):
+    """Lines "word" or "word: phrase" -> [(word whose token is the anchor, phrase of the prompt)], class by class."""
+    lines = path.read_text().strip().splitlines() if path.exists() else []
+    parts = [[part.strip() for part in line.split(":")] for line in lines]
+    if not parts or any(not all(line) or len(line) > 2 for line in parts):
+        fail(f"{path} must hold a line per class, 'word' or 'word: phrase'; mend it, or run train_text_encoder.py")
+    return [(line[0], line[-1]) for line in parts]
+
+
+def tokenize(tokenizer, text_model, prompts):
+    """Token numbers (B, 77), cut off or padded to the length that the text model takes."""
+    length = text_model.config.max_position_embeddings
+    ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return ids.to(text_model.device)
+
+
+@torch.no_grad()
+def encode(text_model, ids, slots=None, embeddings=None):
+    """Conditioning (B, 77, d') of prompts ids (B, 77), with embeddings (B, d) as input where slots (B, 77) is True."""
+
+    def inject(module, inputs, output):
+        return output if slots is None else torch.where(slots[:, :, None], embeddings[:, None].to(output), output)
+
+    with text_model.get_input_embeddings().register_forward_hook(inject):
+        return text_model(ids).last_hidden_state
+
+
 def guided_noise(unet, x_t, t, c, null, w):
     """Paper B: eps_t = (1 + w) eps_theta(x_t, c) - w eps_theta(x_t). In diffusers' terms the guidance scale is 1 + w.
 
-    x_t (B, C, H, W); c: conditions, one per image; null: the condition that stands for none, of c's shape.
+    x_t (B, C, H, W): pixels or latents; c: conditions, one per image (class numbers, class embeddings, or encoded
+    prompts); null: the condition that stands for none, of c's shape. The sum is taken in float32.
     """
     if w == 0:
-        return unet(x_t, t, c).sample
-    eps_c, eps = unet(torch.cat([x_t, x_t]), t, torch.cat([c, null])).sample.chunk(2)
+        return unet(x_t.to(unet.dtype), t, c).sample.float()
+    eps_c, eps = unet(torch.cat([x_t, x_t]).to(unet.dtype), t, torch.cat([c, null])).sample.float().chunk(2)
     return (1 + w) * eps_c - w * eps
 
 
-def quadratic_steps(start, steps):
-    """At most `steps` timesteps from start to 0, denser near 0.
+@torch.no_grad()
+def decode_latents(sd, latents):
+    """Latents (B, 4, h, w) -> images (B, 3, H, W) in [-1, 1]; four at a time, since this takes the most memory."""
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=sd.unet.dtype != torch.float32):
+        parts = [sd.vae.decode(z / sd.vae.config.scaling_factor).sample for z in latents.split(4)]
+    return torch.cat(parts).float().clamp(-1, 1)
 
-    With 20 of them DPM-Solver++ 2M follows the exact flow of Gaussian data (std 0.15) from S = 100 to 0.2 percent, from
-    T to 3 percent; evenly spaced, which is coarse where the last of the noise goes, to 0.8 and 22 percent.
+
+def resize(x, side, how):
+    """(B, C, H, W) in [-1, 1] -> (B, C, side, side) by area|bilinear|nearest|lanczos."""
+    if x.shape[-1] == side:
+        return x
+    if how == "lanczos":
+        images = [Image.fromarray(image).resize((side, side), Image.LANCZOS) for image in to_uint8(x)]
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+    return F.interpolate(x, (side, side), mode=how)
+
+
+def join_processes():
+    """Rank and number of the processes of torchrun, (0, 1) without it. All but the first stop printing."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))  # only to wait for each other
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return rank, world
+
+
+def settings_of(args, **more):
+    """What the images depend on, as plain types: every option but those of place and speed, and `more`."""
+    aside = ("dir", "data", "recipe", "device", "batch_size", "compile", "restart")
+    where = Path(args.diffusion).resolve() if Path(args.diffusion).exists() else args.diffusion
+    return {name: value for name, value in vars(args).items() if name not in aside} | {"diffusion": str(where)} | more
+
+
+def open_job(folder, stem, settings, begin, restart):
+    """Make sure that .partial.<stem>.npy is there to be filled, unless <stem>.npy is complete for these settings.
+
+    settings (plain types) say all that the images depend on. begin() makes a fresh .partial.<stem>.npy and what goes
+    with it. An unfinished job of other settings is not dropped without `restart`.
     """
+    complete, partial = folder / f"{stem}.json", folder / f".partial.{stem}.json"
+    held, begun = (json.loads(path.read_text()) if path.exists() else None for path in (complete, partial))
+    if begun is None and held == settings and (folder / f"{stem}.npy").exists() and not restart:
+        print(f"{folder / stem}.npy is complete for these settings; --restart makes it again")
+    elif begun is None or restart:
+        for old in sorted(folder.glob(f".partial.{stem}.*")):  # .json before .npy
+            old.unlink()
+        begin()
+        save(partial, json.dumps(settings, indent=1) + "\n")
+    elif begun != settings:
+        other = next((name for name in settings if begun.get(name) != settings[name]), "version")
+        was = f"{other} {begun.get(other)}, not {settings.get(other)}"
+        fail(f"{folder} holds unfinished {stem} with {was}; give that again, or --restart to drop them")
+
+
+def fill_job(folder, stem, batch_size, make, rank, world):
+    """Fill .partial.<stem>.npy in blocks of batch_size rows: make(rows) -> images (len(rows), H, W, 3) uint8.
+
+    Process number `rank` of `world` takes every world-th block and appends the rows that it finished, as int64, to its
+    record. Blocks are made whole, so that neither interruptions nor the number of processes change which images are
+    computed together, on which the last bit of an image can depend.
+    """
+    path, record = folder / f".partial.{stem}.npy", folder / f".partial.{stem}.done{rank}"
+    if not path.exists():
+        return  # it has its final name: only the last steps were missing
+    array, finished = np.load(path, mmap_mode="r"), set()
+    for old in folder.glob(f".partial.{stem}.done*"):
+        finished.update(np.fromfile(old, np.int64).tolist())
+    blocks = [range(i, min(i + batch_size, len(array))) for i in range(0, len(array), batch_size)][rank::world]
+    todo = [block for block in blocks if not finished.issuperset(block)]
+    count, left = (sum(map(len, part)) for part in (blocks, todo))
+    bar = tqdm(total=count, initial=count - left, desc=stem, unit="image", disable=rank > 0)
+    with open(path, "r+b") as file, open(record, "ab") as done:
+        done.truncate(done.tell() // 8 * 8)  # the last number may have been cut off
+        for block in todo:
+            file.seek(array.offset + block[0] * array[0].nbytes)
+            file.write(make(np.array(block)).tobytes())
+            file.flush()
+            os.fsync(file.fileno())  # images reach the disk before the record of them
+            np.array(block, np.int64).tofile(done)
+            done.flush()
+            bar.update(len(block))
+
+
+def close_job(folder, stem, names, draw):
+    """Give the finished files their final names, draw() the pictures of them; the settings come last."""
+    (folder / f"{stem}.json").unlink(missing_ok=True)
+    for name in reversed(names):  # the images first: while they are partial, so is all that making them needs
+        if (partial := folder / f".partial.{name}").exists():
+            os.replace(partial, folder / name)
+    draw()
+    for record in folder.glob(f".partial.{stem}.done*"):
+        record.unlink()
+    os.replace(folder / f".partial.{stem}.json", folder / f"{stem}.json")
+
+
+def quadratic_steps(start, steps):
+    """At most `steps` timesteps from start to 0, denser near 0, where the last of the noise goes."""
+    # 20 of DPM-Solver++ follow the exact flow of Gaussian data (std 0.15) from T to 3 percent, evenly spaced to 22
     return np.unique(np.rint(start * np.linspace(1, 0, steps) ** 2).astype(int))[::-1].tolist()
 
 
@@ -155,27 +333,75 @@ def wrong_class(y, classes, seed, index):
 
 
 @torch.no_grad()
-def half_noise_and_denoise(unet, scheduler, x, c_r, seeds, args):
-    """x_S = sqrt(abar_S) x + sqrt(1 - abar_S) eps, then denoised from S to 0 under c_r. x (B, C, H, W) in [-1, 1]."""
+def half_noise_and_denoise(unet, config, x, c, null, seeds, args):
+    """x_S = sqrt(abar_S) x + sqrt(1 - abar_S) eps, then denoised from S to 0 under conditions c (B, ...).
+
+    x (B, C, H, W): pixels in [-1, 1] or latents; null: the condition that stands for none; config: of the schedule.
+    """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    eps = randn_tensor(x.shape, generators, x.device)
-    abar_S = scheduler.alphas_cumprod[args.S].to(x)
+    eps, pixels = randn_tensor(x.shape, generators, x.device), bool(unet.config.num_class_embeds)
+    abar_S = diffusers.DDPMScheduler.from_config(config).alphas_cumprod[args.S].to(x)
     x_t = abar_S.sqrt() * x + (1 - abar_S).sqrt() * eps
-    if args.sampler == "dpmpp":  # 2M, x_0 clipped to [-1, 1], on a list of steps that starts at S
-        solver = DPMSolverMultistepScheduler.from_config(scheduler.config, thresholding=True, sample_max_value=1.0)
+    if args.sampler == "dpmpp":  # 2M, in pixel space x_0 clipped to [-1, 1], on a list of steps that starts at S
+        clip = {"thresholding": True, "sample_max_value": 1.0} if pixels else {}
+        solver = diffusers.DPMSolverMultistepScheduler.from_config(config, **clip)
         timesteps = quadratic_steps(args.S, args.steps)
         solver.set_timesteps(timesteps=timesteps)
     else:  # ancestral sampling, every step
-        solver, timesteps = DDPMScheduler.from_config(scheduler.config, clip_sample=True), range(args.S, -1, -1)
-    null = torch.full_like(c_r, unet.config.num_class_embeds - 1)
+        solver, timesteps = diffusers.DDPMScheduler.from_config(config, clip_sample=pixels), range(args.S, -1, -1)
     for t in timesteps:
-        eps_t = guided_noise(unet, x_t, t, c_r, null, args.w)
+        eps_t = guided_noise(unet, x_t, t, c, null, args.w)
         x_t = solver.step(eps_t, t, x_t, generator=generators).prev_sample
     return x_t
 
 
-def captioned_sheet(path, images, outliers, y, c_r, columns=12):
-    """Up to three double rows: a source above, its outlier below, with y -> c_r between them."""
+def class_sampler(args):
+    """sample(x, c_r, seeds) for images in [-1, 1] by the class-conditional model; classes, their side, schedule."""
+    unet, scheduler, t_max = load_diffusion(Path(args.diffusion))
+    if args.S >= t_max:
+        fail(f"--S is {args.S}; it must be below {t_max}, for which the model in {args.diffusion} was trained", 2)
+    null, unet = unet.config.num_class_embeds - 1, unet.to(args.device)
+    run = torch.compile(unet) if args.compile else unet
+
+    def sample(x, c_r, seeds):
+        x, c = x[:, : unet.config.in_channels], torch.tensor(c_r, device=args.device)
+        return half_noise_and_denoise(run, scheduler.config, x, c, torch.full_like(c, null), seeds, args)
+
+    return sample, null, unet.config.sample_size, scheduler.config
+
+
+def text_sampler(args, classes):
+    """The same with Stable Diffusion: latents of the images, and prompts of the classes as conditions."""
+    words = args.class_words or args.dir / "class_words.txt"
+    if args.class_words or words.exists() or not classes:
+        phrases = [phrase for _, phrase in read_class_words(words)]
+    else:
+        phrases = [name.replace("_", " ") for name in classes]
+    tokenizer, text_model = load_text_model(args.diffusion)
+    sd = load_latent_diffusion(args.diffusion, args.dtype, args.device)
+    side, grain = args.resolution or sd.side, sd.scale * 2 ** (len(sd.unet.config.block_out_channels) - 1)
+    if side % grain or args.S >= sd.config["num_train_timesteps"]:
+        fail(f"--resolution must be a multiple of {grain}, --S below {sd.config['num_train_timesteps']}", 2)
+    text_model = text_model.to(args.device, sd.unet.dtype)
+    prompts = [args.prompt.replace("{class}", phrase) for phrase in phrases]
+    ids = tokenize(tokenizer, text_model, [*prompts, ""])
+    if len({tuple(row) for row in ids.tolist()}) <= len(phrases):
+        fail(f"two classes have the same prompt, or one is empty: {', '.join(prompts[:3])} ...; mend --class-words", 2)
+    conditions = torch.cat([encode(text_model, part) for part in ids.split(32)])  # (C + 1, 77, d'), the last is empty
+    run = torch.compile(sd.unet) if args.compile else sd.unet
+
+    def sample(x, c_r, seeds):
+        x = F.interpolate(x, (side, side), mode="bicubic").clamp(-1, 1) if x.shape[-1] != side else x
+        z = torch.cat([sd.vae.encode(part).latent_dist.mean for part in x.split(4)]) * sd.vae.config.scaling_factor
+        c, null = conditions[c_r], conditions[-1:].expand(len(x), -1, -1)
+        return decode_latents(sd, half_noise_and_denoise(run, sd.config, z, c, null, seeds, args))
+
+    return torch.no_grad()(sample), len(phrases), None, sd.config
+
+
+def captioned_sheet(path, images, y, c_r, columns=12):
+    """Up to three double rows: a source above, its outlier below (from the .npy beside), with y -> c_r between them."""
+    outliers = np.load(path.with_suffix(".npy"), mmap_mode="r")
     shown = np.linspace(0, len(images) - 1, min(3 * columns, len(images))).astype(int)
     rows = -(-len(shown) // columns)
     figure, axes = plt.subplots(2 * rows, columns, figsize=(columns, 2.4 * rows), squeeze=False)
@@ -195,51 +421,72 @@ def captioned_sheet(path, images, outliers, y, c_r, columns=12):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/digits"), help="shared directory (default: %(default)s)")
-    parser.add_argument("--diffusion", type=Path, help="folder of the diffusion model (default: diffusion/ of --dir)")
+    parser.add_argument("--diffusion", help="Stable Diffusion, hub id or folder (default: diffusion/ of --dir)")
+    text = "Stable Diffusion: prompt, where {class} is the class's phrase (default: '%(default)s')"
+    parser.add_argument("--prompt", default="A high-quality image of the {class}", help=text)
+    text = "Stable Diffusion: a line per class, its phrase of the prompt (default: class_words.txt, else data.json)"
+    parser.add_argument("--class-words", type=Path, help=text)
     text = "images to start from: train, or test for an OOD test set (default: %(default)s)"
     parser.add_argument("--split", choices=("train", "test"), default="train", help=text)
-    parser.add_argument(
-        "--reconstruct", action="store_true", help="denoise under c_r := y: copies that keep their label"
-    )
+    text = "denoise under c_r := y: copies that keep their label"
+    parser.add_argument("--reconstruct", action="store_true", help=text)
     text = "dpmpp: DPM-Solver++ 2M in --steps steps; ddpm: ancestral, S + 1 steps (default: %(default)s)"
     parser.add_argument("--sampler", choices=("dpmpp", "ddpm"), default="dpmpp", help=text)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then faster")
+    parser.add_argument("--restart", action="store_true", help="drop what an earlier run left in --dir")
     parser.add_argument("--device", help="torch device (default: cuda, mps or cpu)")
     args = parse_recipe(parser)
-    args.diffusion = args.diffusion or args.dir / "diffusion"
+    args.diffusion = args.diffusion or str(args.dir / "diffusion")
+    if args.sampler == "dpmpp" and args.steps > args.S:
+        fail(f"--S is {args.S}; it must be at least --steps, {args.steps}", 2)
     return args
 
 
 def main():
+    rank, world = join_processes()
     args = parse_args()
-    unet, scheduler, t_max = load_diffusion(args.diffusion)
-    if args.S >= t_max or args.sampler == "dpmpp" and args.steps > args.S:
-        fail(f"--S is {args.S}; it must be below {t_max}, for which the model was trained, and at least --steps", 2)
-    classes, side = unet.config.num_class_embeds - 1, unet.config.sample_size
-    name, label_name = ("train", "pseudo_labels") if args.split == "train" else ("test", "test_pseudo_labels")
-    images = load_array(args.dir / f"{name}.npy", (None, side, side, 3), np.uint8, "train_scan_diffusion.py")
+    text, split = is_stable_diffusion(args.diffusion), args.split
+    if text:
+        sample, classes, side, config = text_sampler(args, read_description(args.dir).get("classes"))
+    else:
+        sample, classes, side, config = class_sampler(args)
+    images = load_array(args.dir / f"{split}.npy", (None, side, side, 3), np.uint8, "the first script of the run")
+    label_name = f"{split}.labels" if text else "test_" * (split == "test") + "pseudo_labels"
     y = load_array(args.dir / f"{label_name}.npy", images.shape[:1], np.int64, "train_scan_diffusion.py")
     if y.max() >= classes or classes < 2:
         fail(f"{label_name}.npy goes up to {y.max()}, but {args.diffusion} knows {classes} classes; it takes 2 or more")
-    abar_S = scheduler.alphas_cumprod[args.S].item()
+    abar_S = diffusers.DDPMScheduler.from_config(config).alphas_cumprod[args.S].item()
     print(f"S = {args.S}: abar_S = {abar_S:.4f}, std of the noise {math.sqrt(1 - abar_S):.3f}")
 
-    unet, seeds = unet.to(args.device), [image_seed(args.seed, i) for i in range(len(images))]
+    side, seeds = images.shape[1], [image_seed(args.seed, i) for i in range(len(images))]
     c_r = [int(label) if args.reconstruct else wrong_class(label, classes, args.seed, i) for i, label in enumerate(y)]
-    stem = ("sd_reconstructions" if args.reconstruct else "sd_outliers") + "_test" * (args.split == "test")
-    partial = args.dir / f".partial.{stem}.npy"
-    made = np.lib.format.open_memmap(partial, "w+", np.uint8, images.shape)
-    for i in tqdm(np.split(np.arange(len(images)), range(args.batch_size, len(images), args.batch_size)), desc=stem):
-        x = torch.from_numpy(images[i]).to(args.device).permute(0, 3, 1, 2)[:, : unet.config.in_channels]
-        condition = torch.tensor([c_r[j] for j in i], device=args.device)
-        x = half_noise_and_denoise(unet, scheduler, x / 127.5 - 1, condition, [seeds[j] for j in i], args)
-        made[i] = to_uint8(x)
-    made.flush()
-    os.replace(partial, args.dir / f"{stem}.npy")
-    rows = [f"{i},{i},{y[i]},{c_r[i]},{seeds[i]}" for i in range(len(images))]
-    save(args.dir / f"{stem}.csv", "\n".join(["index,source,y,c_r,seed", *rows]) + "\n")
-    captioned_sheet(args.dir / f"{stem}.png", images, made, y, c_r)
-    print(f"wrote {len(images)} images to {args.dir / (stem + '.npy')}, a contact sheet to {stem}.png")
-    print(f"next: python train_classifier.py --dir {args.dir}")
+    stem = ("sd_reconstructions" if args.reconstruct else "sd_outliers") + "_test" * (split == "test")
+
+    def begin():
+        rows = [f"{i},{i},{y[i]},{c_r[i]},{seeds[i]}" for i in range(len(images))]
+        save(args.dir / f".partial.{stem}.csv", "\n".join(["index,source,y,c_r,seed", *rows]) + "\n")
+        np.lib.format.open_memmap(args.dir / f".partial.{stem}.npy", "w+", np.uint8, images.shape).flush()
+
+    def make(rows):
+        x = torch.from_numpy(images[rows]).to(args.device).permute(0, 3, 1, 2) / 127.5 - 1
+        x = sample(x, [c_r[i] for i in rows], [seeds[i] for i in rows])
+        return to_uint8(resize(x, side, args.resize))
+
+    inputs = hashlib.sha256(np.ascontiguousarray(y))
+    for block in np.array_split(images, -(-images.nbytes // 2**28)):  # 256 MB at a time
+        inputs.update(np.ascontiguousarray(block))
+    if rank == 0:
+        open_job(args.dir, stem, settings_of(args, inputs=inputs.hexdigest()), begin, args.restart)
+    torch.distributed.barrier() if world > 1 else None
+    if not (args.dir / f".partial.{stem}.json").exists():
+        return
+    fill_job(args.dir, stem, args.batch_size, make, rank, world)
+    torch.distributed.barrier() if world > 1 else None
+    if rank == 0:
+        draw = lambda: captioned_sheet(args.dir / f"{stem}.png", images, y, c_r)  # noqa: E731
+        close_job(args.dir, stem, [f"{stem}.csv", f"{stem}.npy"], draw)
+        print(f"wrote {len(images)} images to {args.dir / stem}.npy, .csv, .json and a contact sheet {stem}.png")
+        print(f"next: python train_classifier.py --dir {args.dir}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """Paper A, step 1: an image encoder aligned with the generator's token embeddings (DREAM-OOD, eq. 2).
 
-The anchors Gamma are what the generator is conditioned on: here the rows of the class-embedding table of the diffusion
-model in --dir, a stand-in for Stable Diffusion's token table. The encoder h is trained so that the cosine of z = h(x)
+The anchors Gamma are what the generator is conditioned on: with Stable Diffusion (--diffusion: hub id or folder) the
+rows of the text model's input token-embedding table for the words of the classes; with the diffusion model in --dir,
+which learns a table of class embeddings, the rows of that. The encoder h is trained so that the cosine of z = h(x)
 with the anchor of its class is large; the anchors stay frozen. Sampling around z then yields embeddings that the
 generator can decode.
 
-reads    --dir: diffusion/, pseudo_labels.npy, test_pseudo_labels.npy (the classes that the generator knows) and
-         train.npy, test.npy, or the ID data set (--data) where these are missing
+reads    the ID data set (--data), or train.npy, test.npy and labels that are in --dir already; tokenizer/ and
+         text_encoder/ of Stable Diffusion; without it diffusion/, pseudo_labels.npy, test_pseudo_labels.npy
 writes   anchors.npy (C, d) float32, id_embeddings.npy (N, d) float32 of all training images without augmentation,
-         id_labels.npy (N,) int64, text_encoder.pt
+         id_labels.npy (N,) int64, text_encoder.pt; with Stable Diffusion class_words.txt, a line per class
 
 python train_text_encoder.py                            # digits 0-5: accuracy about 0.99, seconds on two cores
-python train_text_encoder.py --dir runs/cifar10 --recipe cifar10
+python train_text_encoder.py --data data/cifar100 --dir runs/cifar100 --diffusion CompVis/stable-diffusion-v1-4
 """
 
 import argparse
@@ -33,6 +34,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import nn
 from torchvision.transforms import v2
 from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
 
 RECIPES = {  # option: help, value per recipe. cifar100: as released; cifar10: the same
     "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100"),
@@ -49,6 +51,35 @@ RECIPES = {  # option: help, value per recipe. cifar100: as released; cifar10: t
     "zoom": ("augmentation: largest scale factor", 1.1, 1.0, 1.0),
     "flip": ("augmentation: 1 to mirror at random, 0 for not", 0, 1, 1),
 }
+
+# Words of the released class lists where they differ from the data set's names: "class: word", or "class: word: phrase"
+# if the prompt says more than the word whose token is the anchor. All classes of ImageNet-100. One change: the released
+# prompts say chimpanzee, in which the anchored token chimp does not occur, so that no outlier of that class is one.
+CLASS_WORDS = """
+apple: apples; aquarium_fish: fish: aquarium fish; bottle: bottles; bowl: bowls; can: cans; chimpanzee: chimp;
+cup: cups; keyboard: keyboard: computer keyboard; lawn_mower: mower: lawn-mower; maple_tree: maple; mushroom: mushrooms;
+oak_tree: oak; orange: oranges; orchid: orchids; palm_tree: palm; pear: pears; pickup_truck: truck: pickup truck;
+pine_tree: pine; plate: plates; poppy: poppies; rose: roses; sunflower: sunflowers;
+sweet_pepper: peppers: sweet peppers; tulip: tulips; willow_tree: willow;
+n01498041: stingray: stingray in the water; n01514859: hen; n01582220: magpie; n01608432: kite: kite bird;
+n01616318: vulture; n01687978: agama; n01776313: tick: tick bite; n01806567: quail: quail bird; n01833805: hummingbird;
+n01882714: koala; n01910747: jellyfish; n01944390: snail; n01985128: crawfish; n02007558: flamingo; n02071294: orca;
+n02085620: chihuahua; n02114855: coyote; n02123045: tabby; n02128385: leopard; n02129165: lion; n02129604: tiger;
+n02165456: ladybug; n02190166: fly; n02219486: ant; n02226429: grasshopper; n02279972: monarch; n02317335: starfish;
+n02326432: hare; n02342885: hamster; n02363005: beaver; n02391049: zebra; n02395406: pig; n02403003: ox: ox animal;
+n02422699: impala: impala animal; n02442845: mink; n02444819: otter; n02480855: gorilla; n02510455: panda;
+n02640242: sturgeon; n02672831: accordion; n02687172: carrier; n02701002: ambulance; n02730930: apron;
+n02769748: backpack; n02782093: balloon; n02787622: banjo; n02793495: barn; n02799071: baseball; n02802426: basketball;
+n02814860: beacon; n02840245: binder; n02906734: broom; n02948072: candle; n02980441: castle; n02999410: chain;
+n03014705: chest: chest box; n03028079: church; n03032252: cinema; n03125729: cradle; n03160309: dam; n03179701: desk;
+n03220513: dome; n03249569: drum; n03291819: envelope; n03384352: forklift; n03388043: fountain; n03450230: gown;
+n03481172: hammer; n03594734: jean; n03594945: jeep; n03627232: knot; n03642806: laptop; n03649909: mower;
+n03661043: library; n03676483: lipstick; n03724870: mask; n03733281: maze; n03759954: microphone; n03761084: microwave;
+n03773504: missile; n03804744: nail: wire nail; n03916031: perfume; n03938244: pillow; n04004767: printer;
+n04026417: purse; n04090263: rifle; n04133789: sandal; n04153751: screw; n04296562: stage; n04330267: stove;
+n04371774: swing; n04404412: television; n04465501: tractor; n04485082: tripod; n04507155: umbrella; n04536866: violin;
+n04579432: whistle; n04606251: wreck; n07714990: broccoli; n07745940: strawberry
+"""
 
 
 def fail(message, status=1):
@@ -240,6 +271,65 @@ def load_anchors(folder):
     return unet.class_embedding.weight[:-1].detach().clone()
 
 
+def is_stable_diffusion(checkpoint):
+    """Whether --diffusion names a text-to-image checkpoint (folder or hub id), not a class-conditional model."""
+    hub_id = not Path(checkpoint).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint)
+    return (Path(checkpoint) / "text_encoder").is_dir() or bool(hub_id)
+
+
+def load_text_model(checkpoint):
+    """Tokenizer and text model (CLIP) of a Stable Diffusion checkpoint, float32 on the CPU."""
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(checkpoint, subfolder="tokenizer")
+        part = {"subfolder": "text_encoder", "output_loading_info": True}
+        text_model, found = CLIPTextModel.from_pretrained(checkpoint, **part)
+        if found["missing_keys"]:  # transformers would go on with random weights
+            raise ValueError(f"text_encoder lacks {sorted(found['missing_keys'])[0]}: saved by another transformers?")
+    except Exception as error:  # the hub, transformers and safetensors know many
+        fail(f"no Stable Diffusion in {checkpoint} ({str(error).splitlines()[0]}); give --diffusion a hub id or folder")
+    return tokenizer, text_model.eval()
+
+
+def read_class_words(path):
+    """Lines "word" or "word: phrase" -> [(word whose token is the anchor, phrase of the prompt)], class by class."""
+    lines = path.read_text().strip().splitlines() if path.exists() else []
+    parts = [[part.strip() for part in line.split(":")] for line in lines]
+    if not parts or any(not all(line) or len(line) > 2 for line in parts):
+        fail(f"{path} must hold a line per class, 'word' or 'word: phrase'; mend it, or run train_text_encoder.py")
+    return [(line[0], line[-1]) for line in parts]
+
+
+def default_words(names):
+    """The released words of CLASS_WORDS where a class of that name has one, else the name: [(word, phrase)]."""
+    known = dict(item.strip().split(": ", 1) for item in CLASS_WORDS.split(";"))
+    parts = [known.get(name, name.replace("_", " ")).split(": ") for name in names]
+    return [(part[0], part[-1]) for part in parts]
+
+
+def token_anchors(tokenizer, text_model, words, multi_token):
+    """Gamma (C, d): rows of the input token-embedding table for [(word, phrase)]; prints which.
+
+    Of a word of several tokens multi_token takes the first row (as the released code does), the mean, or stops.
+    """
+    table, Gamma = text_model.get_input_embeddings().weight.detach(), []
+    several, unknown = [], tokenizer.unk_token_id
+    print(f"{'class':>5}  {'prompt says':24}{'tokens of the anchored word':32}row of the table")
+    for c, (word, phrase) in enumerate(words):
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+        if not ids or unknown in ids:
+            fail(
+                f"'{word}', the word of class {c}, is not in the tokenizer's vocabulary; give another in --class-words"
+            )
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        several += [f"{word} ({' '.join(tokens)})"] * (len(ids) > 1)
+        row = f"mean of {ids}" if multi_token == "mean" and len(ids) > 1 else ids[0]
+        print(f"{c:5}  {phrase:24}{' '.join(tokens):32}{row}" + " (first)" * (row == ids[0] and len(ids) > 1))
+        Gamma.append(table[ids].mean(0) if multi_token == "mean" else table[ids[0]])
+    if several and multi_token == "error":
+        fail(f"{len(several)} words have several tokens: {', '.join(several[:5])}; give others in --class-words", 2)
+    return torch.stack(Gamma)
+
+
 def cosine_logits(z, Gamma, t):
     """Eq. 2: s_c = cos(z, Gamma_c) / t. z (B, d), Gamma (C, d) -> (B, C)."""
     return F.normalize(z) @ F.normalize(Gamma).T / t
@@ -276,25 +366,48 @@ def parse_args():
     parser.add_argument(
         "--data", help="digits[:0-5], a folder of images or arrays, or a .npy file (default: digits:0-5)"
     )
-    parser.add_argument("--diffusion", type=Path, help="folder of the generator (default: diffusion/ of --dir)")
+    parser.add_argument("--diffusion", help="Stable Diffusion, hub id or folder (default: diffusion/ of --dir)")
+    text = "Stable Diffusion: anchor of a class word of several tokens (default: %(default)s, as released)"
+    parser.add_argument("--multi-token", choices=("first", "mean", "error"), default="first", help=text)
+    text = "Stable Diffusion: a line per class, 'word' or 'word: phrase of the prompt' (default: the released words)"
+    parser.add_argument("--class-words", type=Path, help=text)
     parser.add_argument("--device", help="torch device (default: cuda, mps or cpu)")
     args = parse_recipe(parser)
-    args.diffusion = args.diffusion or args.dir / "diffusion"
+    args.diffusion = args.diffusion or str(args.dir / "diffusion")
     if args.zoom < 1:
         fail(f"--zoom is {args.zoom}; it must be at least 1", 2)
     return args
 
 
+def load_labels(args, data, classes):
+    """Pseudo-labels by split, which are the classes that the model in --diffusion knows."""
+    labels = {}
+    for split, name in {"train": "pseudo_labels", "test": "test_pseudo_labels"}.items():
+        labels[split] = load_array(args.dir / f"{name}.npy", (data[split],), np.int64, "train_scan_diffusion.py")
+        if labels[split].max() >= classes:
+            fail(f"{name}.npy has more than the {classes} classes of {args.diffusion}; run train_scan_diffusion.py")
+    return labels
+
+
 def main():
     args = parse_args()
     torch.manual_seed(args.seed)
-    Gamma = load_anchors(args.diffusion).to(args.device)
-    data, images, _ = prepare_data(args)
-    names, labels = {"train": "pseudo_labels", "test": "test_pseudo_labels"}, {}
-    for split, name in names.items():
-        labels[split] = load_array(args.dir / f"{name}.npy", (data[split],), np.int64, "train_scan_diffusion.py")
-        if labels[split].max() >= len(Gamma):
-            fail(f"{name}.npy has more than the {len(Gamma)} classes of {args.diffusion}; run train_scan_diffusion.py")
+    if is_stable_diffusion(args.diffusion):
+        text = load_text_model(args.diffusion)
+        data, images, labels = prepare_data(args)
+        if not data["classes"]:
+            fail(
+                f"{args.data} has no class labels, which Stable Diffusion is prompted with; use train_scan_diffusion.py"
+            )
+        words = read_class_words(args.class_words) if args.class_words else default_words(data["classes"])
+        if len(words) != len(data["classes"]):
+            fail(f"{args.class_words} has {len(words)} lines, {args.data} {len(data['classes'])} classes; mend it", 2)
+        Gamma = token_anchors(*text, words, args.multi_token).to(args.device)
+        save(args.dir / "class_words.txt", "".join(f"{word}: {phrase}\n" for word, phrase in words))
+    else:
+        Gamma = load_anchors(Path(args.diffusion)).to(args.device)
+        data, images, _ = prepare_data(args)
+        labels = load_labels(args, data, len(Gamma))
 
     y = {split: torch.from_numpy(np.array(labels[split])).to(args.device) for split in labels}
     h = train_encoder(images["train"], y["train"], Gamma, args)
@@ -311,7 +424,8 @@ def main():
     save(args.dir / "id_embeddings.npy", z["train"].cpu().numpy())
     save(args.dir / "id_labels.npy", np.array(labels["train"]))
     print(f"wrote anchors {tuple(Gamma.shape)} and id_embeddings {tuple(z['train'].shape)} to {args.dir}")
-    print(f"next: python sample_outliers.py --dir {args.dir}")
+    more = f" --diffusion {args.diffusion}" if is_stable_diffusion(args.diffusion) else ""
+    print(f"next: python sample_outliers.py --dir {args.dir}{more}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ python tests/benchmark.py table      # that table again from the results in --di
 python tests/benchmark.py figures    # the README's pictures from the run of seed 0 in --dir
 python tests/benchmark.py format     # SD detectors that see the outliers raw: do grey levels give copies away?
 python tests/benchmark.py steps      # DPM-Solver++ on Gaussian data against the exact flow, by spacing of the steps
+python tests/benchmark.py sd         # Stable Diffusion with random weights against diffusers' own pipeline, images/s
+python tests/benchmark.py memory     # peak memory of sample_outliers.py for 2,000 and for 20,000 outliers of 64 px
 python tests/benchmark.py knn        # d_K in chunked matmul form against torch.cdist, time and peak memory
 """
 
@@ -15,6 +17,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -167,16 +170,109 @@ def knn():
     print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 
+def stable_diffusion():
+    """Images/s of sample_outliers' decoder and of StableDiffusionPipeline, in turn; the tiny model where is no GPU."""
+    from conftest import build_stable_diffusion
+    from diffusers import StableDiffusionPipeline
+
+    import sample_outliers
+
+    gpu, prompt = torch.cuda.is_available(), "A high-quality image of the zero"
+    device = "cuda" if gpu else "cpu"
+    print(f"{torch.cuda.get_device_name() if gpu else 'CPU, tiny model'}, torch {torch.__version__}")
+    print("| dtype | solver, steps | batch | ours, images/s | stock pipeline | ratio | to stock pndm 50, batch 1 |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = build_stable_diffusion(Path(folder) / "sd", full_size=gpu)
+        (folder / "class_words.txt").write_text("zero\n")
+        tokenizer, text_model = sample_outliers.load_text_model(str(folder))
+        row = text_model.get_input_embeddings().weight.detach()[tokenizer("zero").input_ids[1:2]]
+        for dtype in ("fp16", "bf16") if gpu else ("fp32",):
+            half = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+            pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(device, half)
+            pipe.set_progress_bar_config(disable=True)
+            pndm, first = pipe.scheduler, None
+            for solver, steps in (("pndm", 50), ("dpmpp", 20)):
+                kind = getattr(sample_outliers.diffusers, sample_outliers.SOLVERS[solver] + "Scheduler")
+                pipe.scheduler = kind.from_config(pndm.config)
+                given = {"diffusion": str(folder), "dir": folder, "device": device, "compile": False, "dtype": dtype}
+                given |= {"resolution": 0, "guidance": 7.5, "scheduler": solver, "steps": steps, "prompt": prompt}
+                decode, _ = sample_outliers.text_decoder(argparse.Namespace(**given), row.numpy())
+                for batch in (1, 8, 32):
+                    v, classes = row.expand(batch, -1).to(device), torch.zeros(batch, dtype=torch.long, device=device)
+
+                    def ours(v=v, classes=classes, decode=decode):
+                        return decode(v, classes, list(range(len(v)))).cpu()
+
+                    def stock(batch=batch, steps=steps, pipe=pipe):
+                        seeds = [torch.Generator().manual_seed(i) for i in range(batch)]
+                        options = {"num_inference_steps": steps, "guidance_scale": 7.5, "output_type": "pt"}
+                        return pipe([prompt] * batch, generator=seeds, **options).images.cpu()
+
+                    rates = [batch / np.median(seconds) for seconds in in_turn([ours, stock], 2 if gpu else 4)]
+                    first = first or rates[1]
+                    cells = f"{rates[0]:.2f} | {rates[1]:.2f} | {rates[0] / rates[1]:.2f} | {rates[0] / first:.1f}"
+                    print(f"| {dtype} | {solver} {steps} | {batch} | {cells} |", flush=True)
+
+
+def in_turn(ways, rounds):
+    """Seconds of every way, called in turn, of CPU time where is no GPU; the first round warms up."""
+    seconds, clock = [[] for _ in ways], time.perf_counter if torch.cuda.is_available() else time.process_time
+    for _ in range(rounds + 1):
+        for times, way in zip(seconds, ways, strict=True):
+            start = clock()
+            way()
+            times.append(clock() - start)
+    return [times[1:] for times in seconds]
+
+
+MEMORY = """
+import resource, sys
+import torch
+import sample_outliers
+
+decode = lambda v, classes, seeds: torch.rand(len(v), 3, 64, 64) * 2 - 1
+sample_outliers.class_decoder = lambda args, Gamma: (decode, 64)
+sample_outliers.main()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def memory():
+    """10 classes of 500 ID embeddings, d = 768; everything but the decoder is the real script."""
+    rng, peaks = np.random.default_rng(0), []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for name, shape in (("anchors", (10, 768)), ("id_embeddings", (5000, 768))):
+            np.save(folder / f"{name}.npy", rng.standard_normal(shape, dtype=np.float32))
+        np.save(folder / "id_labels.npy", np.arange(5000) % 10)
+        for count in (2_000, 20_000):
+            options = f"--recipe cifar100 --save-size 64 --candidates 20 --restart --per-class {count // 10}".split()
+            command = [sys.executable, "-c", MEMORY, "--dir", str(folder), *options]
+            done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+            peaks.append(float(done.stdout.split()[-1]))
+            size = (folder / "outliers.npy").stat().st_size / 2**20
+            print(f"{count} outliers, {size:.0f} MB on disk: peak memory of the process {peaks[-1]:.0f} MB", flush=True)
+    print(f"difference {peaks[1] - peaks[0]:.0f} MB")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("seeds", "table", "figures", "format", "steps", "knn"))
+    parser.add_argument("what", choices=("seeds", "table", "figures", "format", "steps", "knn", "sd", "memory"))
     parser.add_argument(
         "--dir", type=Path, default=Path("runs/seeds"), help="folder of the runs (default: %(default)s)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     args = parser.parse_args()
-    if args.what in ("knn", "steps", "format"):
-        {"knn": knn, "steps": steps, "format": lambda: raw_format(args.dir)}[args.what]()
+    alone = {
+        "knn": knn,
+        "steps": steps,
+        "format": lambda: raw_format(args.dir),
+        "sd": stable_diffusion,
+        "memory": memory,
+    }
+    if args.what in alone:
+        alone[args.what]()
         return
     if args.what == "figures":
         figures(args.dir / "seed0", ROOT / ".github" / "figures")

@@ -130,15 +130,17 @@ def test_imports_are_required_packages(sources, script):
     ],
 )
 def test_a_foreign_import_is_found(sources, line, found):
-    requirements = "# for all\ntorch>=2.4\ntorchvision\ndiffusers\nnumpy\nscikit_learn  # metrics\nPillow\ntqdm\n"
+    requirements = (
+        "# for all\ntorch>=2.4\ntorchvision\ndiffusers\ntransformers\nnumpy\nscikit_learn  # metrics\nPillow\ntqdm\n"
+    )
     source = sources["sample_outliers"]
     assert foreign_imports(source, requirements) == []
     assert foreign_imports(f"{source}\n{line}\n", requirements) == found
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_at_most_450_lines(sources, script):
-    assert len(sources[script].splitlines()) <= 450
+def test_at_most_600_lines(sources, script):
+    assert len(sources[script].splitlines()) <= 600
 
 
 class Caught(Exception):

@@ -249,7 +249,7 @@ def test_seed_alone_decides_the_images(tiny_run, inputs, main, name):
     main(*JOBS[name], "--dir", inputs)
     np.testing.assert_array_equal(array(inputs, name), first)
     assert (inputs / f"{name}.csv").read_bytes() == (tiny_run / f"{name}.csv").read_bytes()
-    main(*JOBS[name], "--dir", inputs, "--batch-size", 7)
+    main(*JOBS[name], "--dir", inputs, "--batch-size", 7, "--restart")
     assert np.abs(array(inputs, name).astype(int) - first).max() <= 1
     assert (inputs / f"{name}.csv").read_bytes() == (tiny_run / f"{name}.csv").read_bytes()
     main(*JOBS[name], "--dir", inputs, "--seed", 1)

@@ -197,25 +197,61 @@ def test_expected_cosine_is_kept_when_d_changes():
         assert (v * z[source]).sum(1).mean().item() == pytest.approx(0.46, abs=0.02)
 
 
-def test_decoding_a_class_embedding_is_decoding_the_class_whatever_the_batch():
-    unet, scheduler = tiny_unet(), DDPMScheduler(1000, 1e-4, 0.02, "linear")
-    args, table = argparse.Namespace(steps=5, guidance=2.5, seed=3), unet.class_embedding
-    labels = torch.tensor([0, 2, 1])
-    images = sample_outliers.decode(unet, scheduler, table.weight[labels].detach(), [7, 8, 9], args)
-    assert unet.class_embedding is table
+def test_decoding_a_class_embedding_is_decoding_the_class_whatever_the_batch(tmp_path):
+    unet, scheduler, labels = tiny_unet(), DDPMScheduler(1000, 1e-4, 0.02, "linear"), torch.tensor([0, 2, 1])
+    unet.save_pretrained(tmp_path / "unet")
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    args = argparse.Namespace(
+        diffusion=str(tmp_path), device="cpu", compile=False, scheduler="dpmpp", steps=5, guidance=2.5
+    )
+    table = unet.class_embedding.weight.detach()
+    decode, side = sample_outliers.class_decoder(args, table[:-1].numpy())
+    seeds = [sample_outliers.image_seed(3, i) for i in (7, 8, 9)]
+    images = decode(table[labels], labels, seeds)
+    assert side == 8
     solver = DPMSolverMultistepScheduler.from_config(scheduler.config, thresholding=True, sample_max_value=1.0)
     solver.set_timesteps(timesteps=[999, 562, 250, 62, 0])
-    seeds = [sample_outliers.image_seed(3, i) for i in (7, 8, 9)]
     x = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     with torch.no_grad():
         for t in solver.timesteps:
             eps, free = unet(x, t, labels).sample, unet(x, t, torch.full((3,), 3)).sample
             x = solver.step(free + 2.5 * (eps - free), t, x).prev_sample
     assert torch.allclose(images, x, atol=1e-4)
-    alone = [
-        sample_outliers.decode(unet, scheduler, table.weight[[c]].detach(), [i], args) for c, i in ((0, 7), (2, 8))
-    ]
+    alone = [decode(table[labels[[i]]], labels[[i]], [seeds[i]]) for i in (0, 1)]
     assert torch.allclose(torch.cat(alone), images[:2], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pndm", "dpmpp", "unipc", "ddim"])
+def test_every_solver_follows_the_exact_flow_of_a_gaussian(name):
+    config, std, mean = DDPMScheduler(1000, 1e-4, 0.02, "linear").config, 0.5, 0.2
+    abar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+
+    def model(x, t, c):  # the score, and so eps, is known
+        a = abar[int(t)].float()
+        return SimpleNamespace(sample=(x - a.sqrt() * mean) * (1 - a).sqrt() / (a * std**2 + 1 - a))
+
+    model.dtype, model.config = torch.float32, SimpleNamespace(in_channels=4)
+    solver = sample_outliers.make_solver(config, name, 50, False, "cpu")
+    c, seeds = torch.zeros(64, 1), list(range(64))
+    x = sample_outliers.denoise(model, solver, c, c, seeds, 4, 1.0)
+    noise = torch.stack([torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    a = abar[999].float()
+    exact = mean + std * (noise - a.sqrt() * mean) / (a * std**2 + 1 - a).sqrt()
+    assert (x - exact).norm() / exact.norm() < (0.07 if name == "ddim" else 0.05)  # DDIM is of first order
+
+
+@pytest.mark.parametrize("script", SAMPLERS)
+def test_resizing(script):
+    x = torch.rand(2, 3, 8, 8) * 2 - 1
+    area = x.view(2, 3, 4, 2, 4, 2).mean((3, 5))
+    assert torch.allclose(script.resize(x, 4, "area"), area, atol=1e-6)
+    assert torch.equal(script.resize(x, 4, "nearest"), x[:, :, ::2, ::2])
+    corners = [x[:, :, a::4, b::4] for a in (1, 2) for b in (1, 2)]  # no antialias: 4 of the 16 pixels
+    assert torch.allclose(script.resize(x, 2, "bilinear"), torch.stack(corners).mean(0), atol=1e-6)
+    pixels = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    expected = [np.asarray(Image.fromarray(image).resize((4, 4), Image.LANCZOS)) for image in pixels]
+    assert (script.to_uint8(script.resize(x, 4, "lanczos")) == np.stack(expected)).all()
+    assert script.resize(x, 8, "lanczos") is x
 
 
 # Guidance and paper B's sampler
@@ -227,7 +263,7 @@ def stub(x, t, c):
     return SimpleNamespace(sample=0.1 * x + 0.001 * t + 0.2 * c.view(-1, 1, 1, 1).to(x))
 
 
-stub.config = SimpleNamespace(num_class_embeds=4)
+stub.config, stub.dtype = SimpleNamespace(num_class_embeds=4), torch.float32
 
 
 @pytest.mark.parametrize("script", SAMPLERS)
@@ -241,8 +277,8 @@ def test_guidance_equals_the_posters_formula(script, w):
 
 def half_noise(x, c_r, seeds, **given):
     args = argparse.Namespace(**({"S": 100, "steps": 10, "w": 2.0, "sampler": "dpmpp"} | given))
-    scheduler = DDPMScheduler(1000, 1e-4, 0.02, "linear")
-    return sample_sd_outliers.half_noise_and_denoise(given.pop("model", stub), scheduler, x, c_r, seeds, args)
+    config, null = DDPMScheduler(1000, 1e-4, 0.02, "linear").config, torch.full_like(c_r, 3)
+    return sample_sd_outliers.half_noise_and_denoise(given.pop("model", stub), config, x, c_r, null, seeds, args)
 
 
 def test_without_guidance_and_with_the_own_class_it_is_plain_conditional_sampling():
@@ -284,7 +320,7 @@ def test_dpm_solver_from_S_follows_the_exact_ode_of_a_gaussian(S, std):
         a = abar[int(t)].float()
         return SimpleNamespace(sample=(x - a.sqrt() * mean) * (1 - a).sqrt() / (a * std**2 + 1 - a))
 
-    model.config = stub.config
+    model.config, model.dtype = stub.config, torch.float32
     x, seeds = mean + std * torch.randn(64, 1, 4, 4), list(range(64))
     made = half_noise(x, torch.zeros(64, dtype=torch.long), seeds, S=S, w=0.0, steps=20, model=model)
     eps = torch.stack([torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

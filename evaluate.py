@@ -1,6 +1,7 @@
 """Scores, metrics, tables and pictures for the classifiers in the shared directory, or for anybody's scores.
 
-Paper A: energy, phi; beside them msp, maxlogit and knn (Sun et al., 2022). Paper B, x_d near x in D_in,
+Paper A: energy, phi; beside them msp, maxlogit, knn (Sun et al., 2022), mahalanobis (Lee et al., 2018) and
+relative-mahalanobis (Ren et al., 2021). Paper B, x_d near x in D_in,
 x_v in D_in and D_out, 1 : 1: Score(x) = sum_{i<=k} |f(x) - f(x_d^i)|^2 + alpha sum_{i<=k} 1[I(x_v^i) = 1].
 Every score is an OOD score: higher is more OOD; "score > threshold is OOD" reproduces fpr95.
 
@@ -18,7 +19,9 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +37,28 @@ from sklearn.metrics import average_precision_score, confusion_matrix
 from torch import nn
 from torchvision.transforms import v2
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModel
 
 RECIPES = {  # option: help, value per recipe
-    "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100"),
-    "seed": ("seed of bootstrap and t-SNE, 0 for the first run", 0, 0, 0),
-    "batch_size": ("images per forward pass", 512, 512, 512),
-    "k": ("sd: neighbours that are summed, k of paper B", 2, 2, 2),
-    "knn_k": ("knn: the score is the distance to this neighbour", 10, 50, 50),
+    "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100", "imagenet100", "cifar10-30min"),
+    "seed": ("seed of bootstrap and t-SNE, 0 for the first run", 0, 0, 0, 0, 0),
+    "batch_size": ("images per forward pass", 512, 512, 512, 128, 512),
+    "k": ("sd: neighbours that are summed, k of paper B", 2, 2, 2, 2, 2),
+    "knn_k": ("knn: the score is the distance to this neighbour", 10, 50, 50, 50, 50),
 }
-MAIN_SCORE = {"ce": "msp", "dream": "energy", "dream-id": "msp", "sd": "distance+voting", "scores": "given"}  # in plots
+MAIN_SCORE = {"ce": "msp", "dream": "energy", "dream-id": "msp", "sd": "distance+voting"}  # in plots
+MAIN_SCORE |= {"frozen": "knn", "scores": "given"}
 COPIES = "sd_reconstructions_test"  # generated copies of ID test images: AUROC near 0.5 wanted; near 1, artefacts count
+
+
+# Data sets by name: class of torchvision.datasets and what it reads in --data-root
+TORCHVISION = {"cifar10": "CIFAR10 cifar-10-batches-py/", "cifar100": "CIFAR100 cifar-100-python/"}
+TORCHVISION |= {"svhn": "SVHN train_32x32.mat and test_32x32.mat", "stl10": "STL10 stl10_binary/"}
+TORCHVISION |= {"mnist": "MNIST MNIST/raw/", "fashion-mnist": "FashionMNIST FashionMNIST/raw/"}
+TORCHVISION |= {
+    "textures": "DTD dtd/dtd/",
+    "places365": "Places365 categories_places365.txt, places365_val.txt, val_256/",
+}
 
 
 def fail(message, status=1):
@@ -80,8 +95,9 @@ def parse_recipe(parser):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/digits"), help="shared directory (default: %(default)s)")
-    sets = "OOD: NAME[:CLASSES], a folder of images or arrays, a .npy file (default: digits:6-9 patches)"
+    sets = f"OOD: as --data of the first script, or {', '.join(TORCHVISION)} (default: digits:6-9 patches)"
     parser.add_argument("--ood-data", nargs="+", metavar="SET", default=["digits:6-9", "patches"], help=sets)
+    parser.add_argument("--data-root", default="data", help="folder of torchvision's data sets (default: %(default)s)")
     parser.add_argument("--scores", nargs="+", type=Path, metavar="NPY", help="judge these instead: ID, then OOD sets")
     parser.add_argument("--alpha", type=float, help="sd: weight of a vote (default: median ID distance score / k)")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples per interval (default: %(default)s)")
@@ -128,65 +144,168 @@ def read_description(folder):
 
 
 def read_picture(source, size):
-    """A file, PIL image or (H, W, 3) uint8 array -> (size, size, 3) uint8: short side to size, centre square."""
+    """A file, an image or (H, W, 3) uint8 array -> (size, size, 3) uint8: short side to size, centre square.
+
+    White shows through transparent parts. ValueError for damaged files, 16 bits and other kinds; CMYK is converted.
+    """
     try:
-        image = Image.open(source) if isinstance(source, Path) else v2.functional.to_pil_image(source)
+        source = source[0] if isinstance(source, tuple) else source  # (image, label) of torchvision
+        image = Image.open(source) if isinstance(source, Path) else source
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        deep = re.search("I;16|;16[BLN]", f"{image.mode} {getattr(image, 'tile', '')}")
+        if deep or image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"):
+            raise ValueError(f"{'16-bit' if deep else image.mode}, wanted is 8-bit grey or RGB")
+        if image.mode == "CMYK":  # ImageNet has some
+            tqdm.write(f"{source} is CMYK; converted to RGB", file=sys.stderr)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return np.array(v2.functional.center_crop(v2.functional.resize(image.convert("RGB"), size), size))
-    except (OSError, ValueError, SyntaxError) as error:
-        fail(f"{source} cannot be read as a picture ({error}); mend it or remove it")
+    except Exception as error:  # Pillow raises of every kind on damaged files
+        raise ValueError(f"{source} cannot be read as a picture ({error}); mend it or remove it") from error
 
 
-def read_images(spec, split, size):
-    """Part train, test or ood (test, or all of a set that is not divided): images (N, size, size, 3), labels, names."""
+def read_pictures(pictures, size, path, title):
+    """Pictures -> (N, size, size, 3) uint8, in threads; above 64 px as a map of the new file `path`, if any."""
+    shape, images = (len(pictures), size, size, 3), None
+    if path and size > 64:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(path.parent).free < math.prod(shape):  # a full disk under a map is a bus error
+            fail(f"{title} takes {math.prod(shape) / 2**30:.1f} GiB, more than is free in {path.parent}; make room")
+        images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    images = np.empty(shape, np.uint8) if images is None else images
+
+    def fill(rows):
+        for i in rows:
+            images[i] = read_picture(pictures[i], size)
+        return len(rows)
+
+    try:
+        with ThreadPoolExecutor() as pool, tqdm(total=len(images), desc=title) as bar:
+            for count in pool.map(fill, np.array_split(np.arange(len(images)), len(images) // 32 + 1)):
+                bar.update(count)
+    except Exception as error:
+        fail(f"{title}: {' '.join(str(error).split())}")
+    return images
+
+
+def torchvision_set(name, split, root):
+    """Part of a set of TORCHVISION, downloaded where it is not in root: (image, label) items, labels, class names."""
+    (kind, files), part = TORCHVISION[name].split(" ", 1), "train" if split == "train" else "test"
+    options, present = [{"split": part}], False
+    if name.startswith("cifar") or name.endswith("mnist"):
+        options = [{"train": part == "train"}]
+    elif name == "textures":  # both papers use every texture as OOD
+        options = [
+            {"split": s} for s in {"train": ["train", "val"], "ood": ["train", "val", "test"]}.get(split, ["test"])
+        ]
+    elif name == "places365":  # older torchvision refuses to download what is there
+        options = [{"split": "train-standard" if part == "train" else "val", "small": True}]
+        present = (Path(root) / ("data_256_standard" if part == "train" else "val_256")).is_dir()
+    try:
+        found = [getattr(torchvision.datasets, kind)(root, download=not present, **option) for option in options]
+    except Exception as error:  # of the disk, the network, the format
+        reason = " ".join(str(error).split())
+        fail(f"{name} is not complete in {root} and no download worked ({reason}); put {files} into {root}")
+    labels = [vars(data)[key] for data in found for key in ("targets", "labels", "_labels") if key in vars(data)]
+    names = list(getattr(found[0], "classes", "0123456789"))
+    return torch.utils.data.ConcatDataset(found), np.concatenate(labels).astype(np.int64), names
+
+
+def read_folder(place, split):
+    """Pictures of a folder (of train, test or val) of class folders or of files; labels, class names; if divided."""
+    folders = {folder.name for folder in place.glob("[!.]*") if folder.is_dir()}
+    halves, part = folders & {"train", "test", "val"}, "train" if split == "train" else "test"
+    if divided := len(halves) > 1 or bool(halves) and halves == folders:  # a class may be called train
+        place = place / ("val" if part == "test" and "test" not in halves else part)
+        folders = {folder.name for folder in place.glob("[!.]*") if folder.is_dir()}
+    names, files = sorted(folders), sorted(place.glob("[!.]*/[!.]*" if folders else "[!.]*"))
+    files = [file for file in files if file.name not in ("Thumbs.db", "desktop.ini")]
+    if (empty := folders - {file.parent.name for file in files}) or not files:
+        fail(f"{place / min(empty, default='')} has no {split} pictures")
+    if loose := [f for f in place.glob("*.*") if names and f.suffix.lower() in Image.registered_extensions()]:
+        fail(f"{loose[0]} lies beside class folders; a folder holds the one or the other")
+    labels = np.array([names.index(file.parent.name) for file in files]) if names else None
+    return files, labels, names or None, divided
+
+
+def read_images(spec, split, size, root="data", path=None):
+    """Part train, test or ood (test, or all of a set that is not divided): images (N, size, size, 3), labels, names.
+
+    Above 64 px they are decoded into `path`, if given, a new .npy file, and come as its memory map. An array of the
+    right size that is taken whole comes as the map of its own file.
+    """
     name, _, subset = spec.partition(":")
-    path, part, labels, names = Path(name), "train" if split == "train" else "test", None, None
-    divided = (file := path / f"{part}.npy").exists() or (path / part).is_dir()
-    if name == "digits":
+    place, labels, names, divided = Path(name), None, None, False
+    if name in TORCHVISION:
+        (pictures, labels, names), divided = torchvision_set(name, split, root), True
+    elif name == "digits":
         (pictures, labels), names = load_digits(return_X_y=True), list("0123456789")
         pictures = np.rint(pictures * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1).repeat(3, axis=3)
     elif name == "patches":  # 520 squares of 32 px
         corners = [(y, x) for y in range(0, 416, 32) for x in range(0, 640, 32)]
         pictures = [photo[y : y + 32, x : x + 32] for photo in load_sample_images().images for y, x in corners]
-    elif file.exists() or path.suffix == ".npy":
-        file = file if divided else path
-        pictures = load_array(file, (None, None, None, 3), np.uint8, "the program that wrote it")
+    elif place.suffix == ".npy" or (place / "train.npy").exists() or (place / "test.npy").exists():
+        divided, writer = place.suffix != ".npy", "what wrote it (images: uint8, all of one size; labels: int64)"
+        file = place / f"{'train' if split == 'train' else 'test'}.npy" if divided else place
+        pictures = load_array(file, (None, None, None, 3), np.uint8, writer)
+        if split == "test" and divided:  # of one size with train
+            load_array(place / "train.npy", (None, *pictures.shape[1:]), np.uint8, writer)
         if (beside := file.with_suffix(".labels.npy")).exists():
-            labels = load_array(beside, pictures.shape[:1], np.int64, "the program that wrote it")
-        names = (path / "classes.txt").read_text().splitlines() if (path / "classes.txt").exists() else None
-    elif path.is_dir():
-        path = path / part if divided else path
-        names = sorted(folder.name for folder in path.glob("[!.]*") if folder.is_dir()) or None
-        pictures = sorted(path.glob("[!.]*/[!.]*" if names else "[!.]*"))
-        labels = names and [names.index(file.parent.name) for file in pictures]
+            labels, listed = load_array(beside, pictures.shape[:1], np.int64, writer), place / "classes.txt"
+            names = listed.read_text("utf-8", "replace").splitlines() if listed.exists() else None
+            if names and len({*names} - {""}) < max(len(names), labels.max() + 1):
+                fail(f"{listed} needs a name of its own per class; {beside.name} has labels up to {labels.max()}")
+    elif place.is_dir():
+        pictures, labels, names, divided = read_folder(place, split)
     else:
-        fail(f"there is no data set {name}: give digits, patches, a folder of images or arrays, or a .npy file", 2)
-    known, keep = np.zeros(len(pictures), np.int64) if labels is None else np.asarray(labels), np.arange(len(pictures))
+        sets = ", ".join(["digits", "patches", *TORCHVISION])
+        fail(f"there is no data set {name}: give {sets}, a folder of images or arrays, or a .npy file", 2)
+    known, keep = np.zeros(len(pictures), int) if labels is None else np.asarray(labels), np.arange(len(pictures))
+    if not divided and split != "ood":  # every fifth image of a class is for testing
+        order = known.argsort(kind="stable")
+        rank = (keep - np.searchsorted(known[order], known[order]))[order.argsort()]  # within the class
+        keep = keep[(rank % 5 == 4) == (split == "test")]
     if subset:
         ends = [n.split("-") for n in subset.split(",")] if re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", subset) else []
         chosen = sorted({c for end in ends for c in range(int(end[0]), min(int(end[-1]), len(known)) + 1)})
-        if labels is None or not chosen or not set(chosen) <= set(known.tolist()):
-            fail(f"{spec}: give classes as 0-5 or 0,3,7; {name} has {len(np.unique(known))}", 2)
-        keep, names = keep[np.isin(known, chosen)], names and [names[c] for c in chosen]
+        if labels is None or not chosen or not {*chosen} <= {*known.tolist()}:
+            there = "no labels" if labels is None else f"{len(np.unique(known))} classes"
+            fail(f"{spec}: give classes as 0-5 or 0,3,7; {name} has {there}", 2)
+        keep, names = keep[np.isin(known[keep], chosen)], [names[c] if names else str(c) for c in chosen]
         known = np.searchsorted(chosen, known)
-    if not divided and split != "ood":  # every fifth image of a class is for testing
-        rank = np.array([(known[:i] == known[i]).sum() for i in range(len(known))])  # within the class
-        keep = keep[(rank[keep] % 5 == 4) == (split == "test")]
     if not len(keep):
-        fail(f"{spec} has no {split} pictures; looked for them in {path}")
-    as_is = isinstance(pictures, np.ndarray) and pictures.shape[1:3] == (size, size)
-    images = pictures[keep] if as_is else np.stack([read_picture(pictures[i], size) for i in tqdm(keep, desc=spec)])
-    return images, None if labels is None else known[keep], names
+        fail(f"{spec} has no {split} pictures: too few of each class to spare a fifth")
+    whole, fits = not subset and len(keep) == len(pictures), isinstance(pictures, np.ndarray)
+    if fits and pictures.shape[1:3] == (size, size) and (whole or size <= 64):
+        images = pictures if whole else pictures[keep]
+    else:
+        images = read_pictures(torch.utils.data.Subset(pictures, keep), size, path, spec)
+    return images, labels if whole or labels is None else known[keep], names
+
+
+def same_set(spec, other, folder):
+    """Whether two data sets, the first of which is kept in `folder`, are one, whatever classes they take of it."""
+    a, b = Path(spec.partition(":")[0]), Path(other.partition(":")[0])
+    if {str(a), str(b)} & {"digits", "patches", *TORCHVISION} and a.stem == b.stem:  # cifar10 and data/cifar10
+        return True
+    parts = ("", "train", "test", "val", "train.npy", "test.npy")
+    return b.resolve() in {(home / part).resolve() for home in (a, folder) for part in parts}
 
 
 def build_backbone(arch):
-    """(B, 3, H, W) in [-1, 1] -> features (B, D); returns also D. small: for digits; resnet*: CIFAR stem."""
+    """(B, 3, H, W) in [-1, 1] -> features (B, D); returns also D.
+
+    small: for digits; resnet*: of torchvision, at random, with a CIFAR stem (3 x 3, stride 1, no pooling) or, named
+    *-imagenet, its own (7 x 7, stride 2, pooling).
+    """
     if arch == "small":
         layers = []
         for a, b, stride in ((3, 32, 1), (32, 64, 1), (64, 128, 2), (128, 128, 2)):
             layers += [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 512
-    net = getattr(torchvision.models, arch)()
-    net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    net = getattr(torchvision.models, arch.removesuffix("-imagenet"))()
+    if not arch.endswith("-imagenet"):
+        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     width, net.fc = net.fc.in_features, nn.Identity()
     return net, width
 
@@ -200,19 +319,46 @@ def in_format_of(id_images, images):
     if (sample == sample[..., :1]).all():
         images = np.rint(images @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)[..., None].repeat(3, axis=3)
     levels = np.unique(sample).astype(int)
+    if len(levels) == 256:
+        return images  # as they are, a memory map stays one
     return levels[np.abs(np.arange(256)[:, None] - levels).argmin(1)].astype(np.uint8)[images]
+
+
+class Transformer(nn.Module):
+    """A vision model of the package transformers: (B, 3, H, W) in [-1, 1], resized to its own side -> features (B, D).
+
+    Feature: the CLS token after the final norm (ViT, DeiT, DINOv2, CLIP); what the model pools where it has none.
+    plan: the model's configuration, and the side in px, mean and std of the images it was trained on.
+    """
+
+    def __init__(self, plan):
+        super().__init__()
+        config = AutoConfig.for_model(**plan["config"])
+        # ViT's pooler would put a tanh layer of another task on the CLS token
+        self.options = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
+        self.model, self.side = AutoModel.from_config(config, **self.options), plan["side"]
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(plan[name]).view(-1, 1, 1))
+
+    def forward(self, x):
+        x = F.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)
+        outputs = self.model(pixel_values=((x + 1) / 2 - self.mean) / self.std)
+        pooled = outputs.get("pooler_output")
+        return outputs.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
 
 
 class Detector(nn.Module):
     """A backbone f with the linear heads of one method, on images (B, 3, H, W) in [-1, 1].
 
-    g_in (C) for ce, dream, dream-id; g_bin (2), g_in (C), g_out (C) for sd; phi (1 -> 2) on the energy for dream.
+    g_in (C) for ce, dream, dream-id; g_bin (2), g_in (C), g_out (C) for sd; phi (1 -> 2) on the energy for dream; none
+    for frozen. plan: of a Transformer as f, in place of arch.
     """
 
-    def __init__(self, method, arch, classes, phi_hidden):
+    def __init__(self, method, arch, classes, phi_hidden, plan=None):
         super().__init__()
-        self.f, width = build_backbone(arch)
+        self.f, width = (Transformer(plan), plan["width"]) if plan else build_backbone(arch)
         sizes = {"g_bin": 2, "g_in": classes, "g_out": classes} if method == "sd" else {"g_in": classes}
+        sizes = {} if method == "frozen" else sizes
         self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
         if method == "dream" and phi_hidden:
             self.phi = nn.Sequential(nn.Linear(1, phi_hidden), nn.ReLU(), nn.Linear(phi_hidden, 2))
@@ -230,16 +376,21 @@ def energy(logits, T=1.0):
     return T * torch.logsumexp(logits / T, dim=1)
 
 
-def knn(queries, bank, k, chunk=1024):
+def knn(queries, bank, k, chunk=128):
     """Distances and indices (N, k), nearest first, of the rows of bank (M, D) around queries (N, D), float32."""
     if not 0 < k <= len(bank):
         fail(f"k = {k} nearest neighbours asked for among {len(bank)}; choose another k")
+    # oneDNN multiplies up to twice as fast as the BLAS behind addmm, and small chunks stay in recycled memory
+    onednn = bank.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    place = torch.Tensor.to_mkldnn if onednn else torch.Tensor.contiguous
     centre, found = bank.mean(0), []
-    half = (bank - centre).square().sum(1) / 2
+    rows = bank - centre
+    rows, half = place(rows), place(-rows.square().sum(1) / 2)
     for q in tqdm(queries.split(chunk), desc="neighbours", delay=1, leave=False):  # a few candidates more, then exact
-        rough = torch.addmm(half, q - centre, (bank - centre).T, alpha=-1)
-        near = rough.topk(min(k + 8, len(bank)), largest=False).indices
-        exact, order = torch.stack([(q - bank[column]).norm(dim=1) for column in near.T], dim=1).sort(dim=1)
+        rough = F.linear(place(q - centre), rows, half).to_dense()  # q.b - |b|^2 / 2, large: near
+        near = rough.topk(min(k + 8, len(bank))).indices
+        exact = torch.stack([(q - bank.index_select(0, column)).norm(dim=1) for column in near.T], dim=1)
+        exact, order = exact.sort(dim=1)
         found.append((exact[:, :k], near.gather(1, order[:, :k])))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
@@ -247,7 +398,8 @@ def knn(queries, bank, k, chunk=1024):
 def features_and_logits(net, images, args):
     """f(x) (N, D) and the logits of every head, by name, for images (N, H, W, 3) uint8; all on args.device."""
     chunks = tqdm(np.split(images, range(args.batch_size, len(images), args.batch_size)), delay=1, leave=False)
-    parts = [net(torch.tensor(x, device=args.device).permute(0, 3, 1, 2).float() / 127.5 - 1) for x in chunks]
+    tensors = (torch.tensor(x, device=args.device).permute(0, 3, 1, 2).float() / 127.5 - 1 for x in chunks)
+    parts = [net(v2.functional.center_crop(x, net.crop or x.shape[2])) for x in tensors]
     return torch.cat([f for f, _ in parts]), {name: torch.cat([h[name] for _, h in parts]) for name in parts[0][1]}
 
 
@@ -256,6 +408,31 @@ def sd_score_terms(f, D_in, D_out, k):
     n = min(len(D_in), len(D_out))
     both = torch.cat([bank[torch.arange(n) * len(bank) // n] for bank in (D_in, D_out)])  # 1 : 1
     return knn(f, D_in, k)[0].square().sum(1), (knn(f, both, k)[1] >= n).sum(1)
+
+
+def fit_gaussians(D_in, labels):
+    """Two mixtures on features D_in (N, D): a Gaussian per class, one covariance for all; and one Gaussian for all.
+
+    Each as W (D, rank) and means (C, rank): |(f - mean_c)^T W|^2 is the squared Mahalanobis distance, with the
+    pseudo-inverse where features are constant or repeat each other.
+    """
+    D_in, fits = D_in.double().cpu(), []  # in float64, which some devices do not have
+    for group in (labels, np.zeros_like(labels)):
+        group = torch.from_numpy(np.unique(group, return_inverse=True)[1])
+        means = torch.stack([D_in[group == c].mean(0) for c in range(group.max() + 1)])
+        centred = D_in - means[group]
+        variances, axes = torch.linalg.eigh(centred.T @ centred / len(D_in))
+        kept = variances > 1e-6 * variances[-1]  # below: rounding of float32 features
+        W = axes[:, kept] / variances[kept].sqrt()
+        fits.append((W, means @ W))
+    return fits
+
+
+def mahalanobis(f, fit):
+    """Squared Mahalanobis distance (N,) of features f (N, D) to the nearest mean; fit: W, means of fit_gaussians."""
+    W, means = fit
+    exact = torch.cdist(f.double().cpu() @ W, means, compute_mode="donot_use_mm_for_euclid_dist")
+    return exact.square().min(1).values
 
 
 def auroc_fpr95(in_scores, out_scores):
@@ -283,7 +460,7 @@ def metrics(in_scores, out_scores, resamples, seed):
 def labels_of_outliers(logits, arrays, whose_labels):
     """What the ce classifier, by its logits (M, C), takes SD outliers for: y, c_r, another class or none."""
     y, c_r, (confidence, label) = arrays["y"], arrays["c_r"], (part.numpy() for part in logits.softmax(1).cpu().max(1))
-    if whose_labels == "dataset":  # the most frequent label of each pseudo-label
+    if whose_labels == "dataset" and not np.array_equal(y, arrays["train.labels"]):  # each pseudo-label's most frequent
         votes = [arrays["train.labels"][arrays["pseudo_labels"] == c] for c in range(max(y.max(), c_r.max()) + 1)]
         y, c_r = np.array([np.bincount(v).argmax() if len(v) else -1 for v in votes])[np.stack([y, c_r])]
     kinds = np.select([confidence < 0.5, label == y, label == c_r], ["unsure", "y", "c_r"], "other")
@@ -328,15 +505,24 @@ def read_directory(args):
         try:
             content = torch.load(args.dir / f"classifier_{method}.pt", map_location="cpu", weights_only=True)
             config, digest = content["config"], content["digest"]
-            net = Detector(method, config["arch"], config["classes"], config["phi_hidden"]).eval()
+            net = Detector(method, config["arch"], config["classes"], config["phi_hidden"], config.get("plan")).eval()
             net.load_state_dict(content["model"])
+            net.crop = min(config.get("crop") or size, size) if size > 64 else 0  # px at the centre, 0 for all
             stale = digest and digest != data.get("digest", digest)
             if stale or (config["method"], config["image_size"]) != (method, size):
                 raise ValueError
             nets.append((net, method, config["whose_labels"], config["seed"]))
         except Exception:  # torch, pickle and zipfile know many
             fail(f"classifier_{method}.pt is damaged or not of the data in {args.dir}; run train_classifier.py again")
-    ood = {n: read_images(n, "ood", size)[0] for n in args.ood_data} | {n: arrays[n] for n in {COPIES} & {*arrays}}
+    ood, spare = {}, args.dir / ".partial.ood.npy"
+    for spec in args.ood_data:
+        try:
+            ood[spec], _, names = read_images(spec, "ood", size, args.data_root, spare)
+        finally:
+            spare.unlink(missing_ok=True)  # a map of it stays readable
+        if same_set(args.data, spec, args.dir) and (not names or {*names} & {*(data.get("classes") or names)}):
+            fail(f"{spec} overlaps with the ID data {args.data}; name another set or other classes (NAME:6-9)", 2)
+    ood |= {n: arrays[n] for n in {COPIES} & {*arrays}}
     sets = {"id": arrays["test"]} | {name: in_format_of(arrays["train"], images) for name, images in ood.items()}
     return nets, sets, arrays
 
@@ -350,30 +536,42 @@ def score_classifiers(args):
         D_in = features_and_logits(net, arrays["train"], args)[0]
         if "sd_outliers" in arrays:
             D_out, logits = features_and_logits(net, in_format_of(arrays["train"], arrays["sd_outliers"]), args)
-            if method == "ce" and (whose == "pseudo" or {"pseudo_labels", "train.labels"} <= {*arrays}):
+            same = np.array_equal(arrays["y"], arrays.get("train.labels"))
+            if method == "ce" and (whose == "pseudo" or same or {"pseudo_labels", "train.labels"} <= {*arrays}):
                 notes.append(f"ce takes SD outliers for {labels_of_outliers(logits['g_in'], arrays, whose)}")
         if method == "sd":
             loo = knn(D_in, D_in, args.k + 1)[0][:, 1:]  # an image is its own nearest, at 0
             alpha = loo.square().mean(1).median().item() if args.alpha is None else args.alpha
             notes.append(f"sd: alpha = {alpha:.4g}")
+        if not D_in.isfinite().all():
+            fail(f"classifier_{method}.pt gives features that are NaN; run train_classifier.py again")
+        y = arrays.get("train.labels" if whose == "dataset" else "pseudo_labels")
+        gaussians = None if y is None else fit_gaussians(D_in, y)
         for name, images in sets.items():
             features[name], logits = features_and_logits(net, images, args)
             if method == "sd":
                 distance, voting = sd_score_terms(features[name], D_in, D_out, args.k)
                 scores = {"distance": distance, "voting": voting, "distance+voting": distance + alpha * voting}
                 scores["bin"] = logits["g_bin"].diff()[:, 0]  # log-odds of class 1: outlier
+            elif method == "frozen":
+                scores = {}
             else:  # msp is log(1 - max softmax): the same order, and never rounded to 0
                 z, E = logits["g_in"], energy(logits["g_in"])
                 others = z.scatter(1, z.argmax(1, keepdim=True), -math.inf)
                 scores = {"msp": torch.logsumexp(others, 1) - E, "maxlogit": -z.max(1).values, "energy": -E}
-                scores["knn"] = knn(F.normalize(features[name]), F.normalize(D_in), args.knn_k)[0][:, -1]
                 scores |= {"phi": -net.phi(E[:, None]).diff()[:, 0]} if method == "dream" else {}  # log-odds of OOD
+            if method != "sd":
+                scores["knn"] = knn(F.normalize(features[name]), F.normalize(D_in), args.knn_k)[0][:, -1]
+            if gaussians:
+                near, background = (mahalanobis(features[name], fit) for fit in gaussians)
+                scores |= {"mahalanobis": near, "relative-mahalanobis": near - background}
             for score, values in scores.items():
                 scored.setdefault((method, score), {})[name] = values.cpu().numpy().astype(np.float32)
                 if values.isnan().any():
                     fail(f"classifier_{method}.pt gives {score} scores that are NaN; run train_classifier.py again")
-            if name == "id" and "test.labels" in arrays:  # of pseudo-labels after Hungarian matching
+            if name == "id" and "test.labels" in arrays and "g_in" in logits:
                 table = confusion_matrix(arrays["test.labels"], logits["g_in"].argmax(1).cpu())
+                # pseudo-labels after Hungarian matching
                 hits = table[linear_sum_assignment(table, maximize=True)] if whose == "pseudo" else table.diagonal()
                 facts[method]["id_accuracy"] = float(hits.sum() / table.sum())
         if method == "sd" or not tsne:

@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -44,27 +45,27 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-RECIPES = {  # option: help, value per recipe. cifar100, imagenet100: as released, apart from how images are resized
-    "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100", "imagenet100"),
-    "seed": ("seed of every random number, 0 for the first run", 0, 0, 0, 0),
-    "K": ("d_K is the distance to the K-th neighbour of the class, itself counted", 40, 300, 300, 300),
-    "boundary": ("size of the boundary set, per class", 30, 200, 50, 200),
-    "draw": ("boundary points drawn per round", 30, 50, 50, 50),
-    "candidates": ("noisy candidates per boundary point and round", 1500, 1500, 1500, 1500),
-    "keep": ("candidates kept per boundary point and round", 2, 2, 2, 2),
-    "sigma": ("std of the noise if d were 768; times sqrt(768 / d), which keeps the cosine", 0.07, 0.03, 0.07, 0.03),
-    "inlier_sigma": ("the same with --inliers", 0.01, 0.01, 0.01, 0.01),
-    "per_class": ("images per class", 150, 1000, 1000, 1000),
-    "per_embedding": ("images per embedding, each from its own noise; the released code makes 3 to 4", 1, 1, 1, 1),
-    "balance": ("images of every class: equal|random ; the released code draws classes", *["equal"] * 4),
-    "guidance": ("classifier-free guidance scale s = 1 + w; 1 is none", 2.0, 2.0, 7.5, 7.5),
-    "scheduler": ("solver: pndm|dpmpp|unipc|ddim ; pndm is PLMS, dpmpp fast", "dpmpp", "dpmpp", "pndm", "pndm"),
-    "steps": ("steps of the solver; 20 do for dpmpp", 20, 20, 50, 50),
-    "resolution": ("Stable Diffusion: px of the images made, 0 for those it was trained on", 0, 0, 0, 0),
-    "save_size": ("px of the images saved, 0 for those of train.npy", 0, 0, 0, 0),
-    "resize": ("filter: area|bilinear|nearest|lanczos ; bilinear has no antialias", *["area"] * 3, "bilinear"),
-    "dtype": ("Stable Diffusion: auto|fp32|fp16|bf16 ; auto is fp16 on a GPU, else fp32", *["auto"] * 4),
-    "batch_size": ("images decoded at a time, per process", 256, 256, 32, 32),
+RECIPES = {  # option: help, values. cifar100, imagenet100: as released but for resizing; cifar10: as cifar100
+    "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100", "imagenet100", "cifar10-30min"),
+    "seed": ("seed of every random number, 0 for the first run", 0, 0, 0, 0, 0),
+    "K": ("d_K is the distance to the K-th neighbour of the class, itself counted", 40, 300, 300, 300, 300),
+    "boundary": ("size of the boundary set, per class", 30, 50, 50, 200, 50),
+    "draw": ("boundary points drawn per round", 30, 50, 50, 50, 50),
+    "candidates": ("noisy candidates per boundary point and round", 1500, 1500, 1500, 1500, 1500),
+    "keep": ("candidates kept per boundary point and round", 2, 2, 2, 2, 2),
+    "sigma": ("std of the noise if d were 768; times sqrt(768 / d): same cosine", 0.07, 0.07, 0.07, 0.03, 0.07),
+    "inlier_sigma": ("the same with --inliers", 0.01, 0.01, 0.01, 0.01, 0.01),
+    "per_class": ("images per class", 150, 1000, 1000, 1000, 1000),
+    "per_embedding": ("images per embedding, each from its own noise; the released code makes 3 to 4", 1, 1, 1, 1, 1),
+    "balance": ("images of every class: equal|random ; the released code draws classes", *["equal"] * 5),
+    "guidance": ("classifier-free guidance scale s = 1 + w; 1 is none", 2.0, 2.0, 7.5, 7.5, 2.0),
+    "scheduler": ("solver: pndm|dpmpp|unipc|ddim ; pndm is PLMS", "dpmpp", "dpmpp", "pndm", "pndm", "dpmpp"),
+    "steps": ("steps of the solver; 20 do for dpmpp", 20, 20, 50, 50, 20),
+    "resolution": ("Stable Diffusion: px of the images made, 0 for those it was trained on", 0, 0, 0, 0, 0),
+    "save_size": ("px of the images saved, 0 for those of train.npy", 0, 0, 0, 0, 0),
+    "resize": ("filter: area|bilinear|nearest|lanczos ; bilinear has no antialias", *["area"] * 3, "bilinear", "area"),
+    "dtype": ("Stable Diffusion: auto|fp32|fp16|bf16 ; auto is fp16 on a GPU, else fp32", *["auto"] * 5),
+    "batch_size": ("images decoded at a time, per process", 256, 256, 32, 32, 1000),
 }
 SOLVERS = {"pndm": "PNDM", "dpmpp": "DPMSolverMultistep", "unipc": "UniPCMultistep", "ddim": "DDIM"}
 
@@ -244,22 +245,29 @@ def resize(x, side, how):
     return F.interpolate(x, (side, side), mode=how)
 
 
-def join_processes():
-    """Rank and number of the processes of torchrun, (0, 1) without it. All but the first stop printing."""
+def join_processes(args):
+    """Rank and number of the processes of torchrun, (0, 1) without it; each gets a GPU of its own."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))  # only to wait for each other
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")
+    if world > 1 and args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
     return rank, world
 
 
 def settings_of(args, **more):
     """What the images depend on, as plain types: every option but those of place and speed, and `more`."""
-    aside = ("dir", "data", "recipe", "device", "batch_size", "compile", "restart")
+    aside = ("dir", "data", "recipe", "device", "batch_size", "compile", "restart", "class_words")
     where = Path(args.diffusion).resolve() if Path(args.diffusion).exists() else args.diffusion
     return {name: value for name, value in vars(args).items() if name not in aside} | {"diffusion": str(where)} | more
+
+
+def make_room(path, shape):
+    """A new .npy of uint8 images to be filled, if they have room on the disk."""
+    if shutil.disk_usage(path.parent).free < math.prod(shape):
+        fail(f"the images take {math.prod(shape) / 2**30:.1f} GiB, more than is free in {path.parent}; make room")
+    np.lib.format.open_memmap(path, "w+", np.uint8, shape).flush()
 
 
 def open_job(folder, stem, settings, begin, restart):
@@ -351,7 +359,11 @@ def kth_distance(queries, bank, K, chunk=1024):
     half_square = bank.square().sum(1) / 2
     for q in queries.split(chunk):
         q = q - center
-        kth = torch.addmm(half_square, q, bank.T, alpha=-1).kthvalue(K).indices
+        rough = torch.addmm(half_square, q, bank.T, alpha=-1)
+        if rough.device.type == "cpu":  # NumPy selects several times as fast there
+            kth = torch.from_numpy(rough.numpy().argpartition(K - 1)[:, K - 1])
+        else:
+            kth = rough.kthvalue(K).indices
         d_K.append((q - bank[kth]).norm(dim=1))
     return torch.cat(d_K)
 
@@ -492,8 +504,10 @@ def parse_args():
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then faster")
     parser.add_argument("--restart", action="store_true", help="drop what an earlier run left in --dir")
     parser.add_argument("--device", help="torch device (default: cuda, mps or cpu)")
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")  # of several processes the first one speaks
     args = parse_recipe(parser)
-    args.diffusion = args.diffusion or str(args.dir / "diffusion")
+    args.diffusion = args.diffusion or str((args.dir / "diffusion").absolute())
     if args.keep > args.candidates or args.draw > args.boundary or args.guidance < 1:
         fail("--keep is at most --candidates, --draw at most --boundary, --guidance at least 1", 2)
     return args
@@ -529,8 +543,9 @@ def sample_all(folder, name, Gamma, z, labels, side, args):
         drawn = np.random.default_rng(args.seed).integers(len(Gamma), size=counts.sum())
         counts = np.bincount(drawn, minlength=len(Gamma))
     rows, percentiles, M = ["index,class,source,d_K,cosine,seed"], [], int(counts.sum())
-    path, empty = folder / f".partial.{name}_embeddings.npy", np.lib.format.open_memmap
-    empty(path, "w+", np.float32, (M, z.shape[1])).flush()
+    make_room(folder / f".partial.{name}s.npy", (M, side, side, 3))
+    path = folder / f".partial.{name}_embeddings.npy"
+    np.lib.format.open_memmap(path, "w+", np.float32, (M, z.shape[1])).flush()
     for c in tqdm(np.flatnonzero(counts), desc="embeddings", unit="class"):
         own, first = torch.from_numpy((labels == c).nonzero()[0]), len(rows) - 1
         unit_z = F.normalize(torch.from_numpy(z[own.numpy()]).to(args.device), dim=1)
@@ -545,7 +560,6 @@ def sample_all(folder, name, Gamma, z, labels, side, args):
     print(f"selection {args.selection}: mean percentile of d_K among a point's candidates {np.mean(percentiles):.3f}")
     save(folder / f".partial.{name}_labels.npy", np.arange(len(Gamma)).repeat(counts))
     save(folder / f".partial.{name}s.csv", "\n".join(rows) + "\n")
-    empty(folder / f".partial.{name}s.npy", "w+", np.uint8, (M, side, side, 3)).flush()
 
 
 def contact_sheet(folder, name, images):
@@ -565,14 +579,16 @@ def contact_sheet(folder, name, images):
 
 
 def main():
-    rank, world = join_processes()
     args = parse_args()
+    rank, world = join_processes(args)
     Gamma, z, labels, images = load_inputs(args)
     decode, made_side = (text_decoder if is_stable_diffusion(args.diffusion) else class_decoder)(args, Gamma)
     side, name, inputs = args.save_size or images.shape[1], "inlier" if args.inliers else "outlier", hashlib.sha256()
     print(f"images of {made_side} px are made, {side} px saved" + f", resized by {args.resize}" * (side != made_side))
     for array in (Gamma, z, labels):
         inputs.update(np.ascontiguousarray(array))
+    if is_stable_diffusion(args.diffusion):
+        inputs.update((args.dir / "class_words.txt").read_bytes())
     settings = settings_of(args, save_size=side, resolution=made_side, inputs=inputs.hexdigest())
     if rank == 0:
         begin = lambda: sample_all(args.dir, name, Gamma, z, labels, side, args)  # noqa: E731

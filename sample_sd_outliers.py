@@ -27,7 +27,9 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
+import zlib
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,16 +44,17 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-RECIPES = {  # option: help, value per recipe. cifar10: S and w as published; the others with Stable Diffusion: the same
-    "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100", "imagenet100"),
-    "seed": ("seed of every random number, 0 for the first run", 0, 0, 0, 0),
-    "S": ("start step of the T = 1000 steps; what counts is the std of the noise, printed", 150, 100, 100, 100),
-    "w": ("guidance weight, 0 for none; diffusers' scale is 1 + w", 2.0, 2.0, 2.0, 2.0),
-    "steps": ("dpmpp: steps from S to 0", 20, 20, 20, 20),
-    "resolution": ("Stable Diffusion: px at which it works, 0 for those it was trained on", 0, 0, 0, 0),
-    "resize": ("filter back to the size of train.npy: area|bilinear|nearest|lanczos", *["area"] * 4),
-    "dtype": ("Stable Diffusion: auto|fp32|fp16|bf16 ; auto is fp16 on a GPU, else fp32", *["auto"] * 4),
-    "batch_size": ("images denoised at a time, per process", 256, 256, 32, 32),
+RECIPES = {  # option: help, value per recipe. cifar10: S and w as published; the others: the same
+    # cifar10-30min: 50,000 images x 10 steps x 2 conditions x 3 GFLOP at 50 TFLOP/s, our estimate: a minute
+    "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100", "imagenet100", "cifar10-30min"),
+    "seed": ("seed of every random number, 0 for the first run", 0, 0, 0, 0, 0),
+    "S": ("start step of the T = 1000 steps; what counts is the std of the noise, printed", 150, 100, 100, 100, 100),
+    "w": ("guidance weight, 0 for none; diffusers' scale is 1 + w", 2.0, 2.0, 2.0, 2.0, 2.0),
+    "steps": ("dpmpp: steps from S to 0", 20, 20, 20, 20, 10),
+    "resolution": ("Stable Diffusion: px at which it works, 0 for those it was trained on", 0, 0, 0, 0, 0),
+    "resize": ("filter back to the size of train.npy: area|bilinear|nearest|lanczos", *["area"] * 5),
+    "dtype": ("Stable Diffusion: auto|fp32|fp16|bf16 ; auto is fp16 on a GPU, else fp32", *["auto"] * 5),
+    "batch_size": ("images denoised at a time, per process", 256, 256, 32, 32, 1000),
 }
 
 
@@ -230,22 +233,29 @@ def resize(x, side, how):
     return F.interpolate(x, (side, side), mode=how)
 
 
-def join_processes():
-    """Rank and number of the processes of torchrun, (0, 1) without it. All but the first stop printing."""
+def join_processes(args):
+    """Rank and number of the processes of torchrun, (0, 1) without it; each gets a GPU of its own."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))  # only to wait for each other
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")
+    if world > 1 and args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
     return rank, world
 
 
 def settings_of(args, **more):
     """What the images depend on, as plain types: every option but those of place and speed, and `more`."""
-    aside = ("dir", "data", "recipe", "device", "batch_size", "compile", "restart")
+    aside = ("dir", "data", "recipe", "device", "batch_size", "compile", "restart", "class_words")
     where = Path(args.diffusion).resolve() if Path(args.diffusion).exists() else args.diffusion
     return {name: value for name, value in vars(args).items() if name not in aside} | {"diffusion": str(where)} | more
+
+
+def make_room(path, shape):
+    """A new .npy of uint8 images to be filled, if they have room on the disk."""
+    if shutil.disk_usage(path.parent).free < math.prod(shape):
+        fail(f"the images take {math.prod(shape) / 2**30:.1f} GiB, more than is free in {path.parent}; make room")
+    np.lib.format.open_memmap(path, "w+", np.uint8, shape).flush()
 
 
 def open_job(folder, stem, settings, begin, restart):
@@ -356,7 +366,7 @@ def half_noise_and_denoise(unet, config, x, c, null, seeds, args):
 
 
 def class_sampler(args):
-    """sample(x, c_r, seeds) for images in [-1, 1] by the class-conditional model; classes, their side, schedule."""
+    """sample(x, c_r, seeds) for images in [-1, 1] by the class-conditional model; classes, side, schedule, digest."""
     unet, scheduler, t_max = load_diffusion(Path(args.diffusion))
     if args.S >= t_max:
         fail(f"--S is {args.S}; it must be below {t_max}, for which the model in {args.diffusion} was trained", 2)
@@ -367,7 +377,8 @@ def class_sampler(args):
         x, c = x[:, : unet.config.in_channels], torch.tensor(c_r, device=args.device)
         return half_noise_and_denoise(run, scheduler.config, x, c, torch.full_like(c, null), seeds, args)
 
-    return sample, null, unet.config.sample_size, scheduler.config
+    model = zlib.crc32(b"".join(p.detach().cpu().numpy().tobytes() for p in unet.parameters()))
+    return sample, null, unet.config.sample_size, scheduler.config, model
 
 
 def text_sampler(args, classes):
@@ -396,7 +407,7 @@ def text_sampler(args, classes):
         c, null = conditions[c_r], conditions[-1:].expand(len(x), -1, -1)
         return decode_latents(sd, half_noise_and_denoise(run, sd.config, z, c, null, seeds, args))
 
-    return torch.no_grad()(sample), len(phrases), None, sd.config
+    return torch.no_grad()(sample), len(phrases), None, sd.config, prompts
 
 
 def captioned_sheet(path, images, y, c_r, columns=12):
@@ -435,24 +446,27 @@ def parse_args():
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then faster")
     parser.add_argument("--restart", action="store_true", help="drop what an earlier run left in --dir")
     parser.add_argument("--device", help="torch device (default: cuda, mps or cpu)")
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")  # of several processes the first one speaks
     args = parse_recipe(parser)
-    args.diffusion = args.diffusion or str(args.dir / "diffusion")
+    args.diffusion = args.diffusion or str((args.dir / "diffusion").absolute())
     if args.sampler == "dpmpp" and args.steps > args.S:
         fail(f"--S is {args.S}; it must be at least --steps, {args.steps}", 2)
     return args
 
 
 def main():
-    rank, world = join_processes()
     args = parse_args()
+    rank, world = join_processes(args)
     text, split = is_stable_diffusion(args.diffusion), args.split
     if text:
-        sample, classes, side, config = text_sampler(args, read_description(args.dir).get("classes"))
+        sample, classes, side, config, model = text_sampler(args, read_description(args.dir).get("classes"))
     else:
-        sample, classes, side, config = class_sampler(args)
+        sample, classes, side, config, model = class_sampler(args)
     images = load_array(args.dir / f"{split}.npy", (None, side, side, 3), np.uint8, "the first script of the run")
     label_name = f"{split}.labels" if text else "test_" * (split == "test") + "pseudo_labels"
-    y = load_array(args.dir / f"{label_name}.npy", images.shape[:1], np.int64, "train_scan_diffusion.py")
+    writer = "the first script with labelled --data" if text else "train_scan_diffusion.py"
+    y = load_array(args.dir / f"{label_name}.npy", images.shape[:1], np.int64, writer)
     if y.max() >= classes or classes < 2:
         fail(f"{label_name}.npy goes up to {y.max()}, but {args.diffusion} knows {classes} classes; it takes 2 or more")
     abar_S = diffusers.DDPMScheduler.from_config(config).alphas_cumprod[args.S].item()
@@ -465,18 +479,19 @@ def main():
     def begin():
         rows = [f"{i},{i},{y[i]},{c_r[i]},{seeds[i]}" for i in range(len(images))]
         save(args.dir / f".partial.{stem}.csv", "\n".join(["index,source,y,c_r,seed", *rows]) + "\n")
-        np.lib.format.open_memmap(args.dir / f".partial.{stem}.npy", "w+", np.uint8, images.shape).flush()
+        make_room(args.dir / f".partial.{stem}.npy", images.shape)
 
     def make(rows):
         x = torch.from_numpy(images[rows]).to(args.device).permute(0, 3, 1, 2) / 127.5 - 1
         x = sample(x, [c_r[i] for i in rows], [seeds[i] for i in rows])
         return to_uint8(resize(x, side, args.resize))
 
-    inputs = hashlib.sha256(np.ascontiguousarray(y))
-    for block in np.array_split(images, -(-images.nbytes // 2**28)):  # 256 MB at a time
-        inputs.update(np.ascontiguousarray(block))
     if rank == 0:
-        open_job(args.dir, stem, settings_of(args, inputs=inputs.hexdigest()), begin, args.restart)
+        inputs = hashlib.sha256(np.ascontiguousarray(y))
+        for block in tqdm(np.array_split(images, -(-images.nbytes // 2**28)), "reading", delay=1):  # 256 MB at a time
+            inputs.update(np.ascontiguousarray(block))
+        settings = settings_of(args, inputs=inputs.hexdigest(), model=model)
+        open_job(args.dir, stem, settings, begin, args.restart)
     torch.distributed.barrier() if world > 1 else None
     if not (args.dir / f".partial.{stem}.json").exists():
         return

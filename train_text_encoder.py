@@ -16,40 +16,54 @@ python train_text_encoder.py --data data/cifar100 --dir runs/cifar100 --diffusio
 """
 
 import argparse
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from diffusers import UNet2DModel
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-RECIPES = {  # option: help, value per recipe. cifar100: as released; cifar10: the same
-    "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100"),
-    "seed": ("seed of every random number, 0 for the first run", 0, 0, 0),
-    "image_size": ("stored height and width of images, px", 8, 32, 32),
-    "arch": ("encoder, small|resnet18|resnet34", "small", "resnet34", "resnet34"),
-    "t": ("temperature of the cosine logits", 0.1, 0.1, 0.1),
-    "epochs": ("passes over the training images", 40, 200, 200),
-    "batch_size": ("images per step", 64, 256, 256),
-    "lr": ("learning rate of SGD, cosine per step to 1e-6", 0.1, 0.1, 0.1),
-    "weight_decay": ("weight decay, 0 for none", 5e-4, 5e-4, 5e-4),
-    "shift": ("augmentation: largest shift, px, 0 for none", 1, 4, 4),
-    "degrees": ("augmentation: largest turn, degrees, 0 for none", 10, 0, 0),
-    "zoom": ("augmentation: largest scale factor", 1.1, 1.0, 1.0),
-    "flip": ("augmentation: 1 to mirror at random, 0 for not", 0, 1, 1),
+ARCHS = "small|resnet18|resnet34|resnet50|resnet18-imagenet|resnet34-imagenet|resnet50-imagenet"  # else CIFAR stem
+RECIPES = {  # option: help, value per recipe
+    # cifar100, imagenet100: as released (a CIFAR stem at 224 px too; resnet34-imagenet is 15 times cheaper).
+    # cifar10 is not in paper A: as for CIFAR-100. cifar10-30min: ours, about a minute on one H200.
+    "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100", "imagenet100", "cifar10-30min"),
+    "seed": ("seed of every random number, 0 for the first run", 0, 0, 0, 0, 0),
+    "image_size": ("stored height and width of images, px", 8, 32, 32, 256, 32),
+    "arch": (f"encoder, {ARCHS}", "small", "resnet34", "resnet34", "resnet34", "resnet18"),
+    "t": ("temperature of the cosine logits", 0.1, 0.1, 0.1, 0.1, 0.1),
+    "epochs": ("passes over the training images", 40, 200, 200, 100, 20),
+    "batch_size": ("images per step", 64, 256, 256, 160, 256),
+    "lr": ("learning rate of SGD, cosine per step to 1e-6", 0.1, 0.1, 0.1, 0.1, 0.1),
+    "weight_decay": ("weight decay, 0 for none", 5e-4, 5e-4, 5e-4, 5e-4, 5e-4),
+    "crop": ("px of the views of images over 64 px, 0 for all of them", 0, 0, 0, 224, 0),
+    "amp": ("precision of the network, auto|bf16|none ; auto: bf16 on CUDA", *["auto"] * 5),
+    "shift": ("augmentation up to 64 px: largest shift, px, 0 for none", 1, 4, 4, 0, 4),
+    "degrees": ("augmentation up to 64 px: largest turn, degrees, 0 for none", 10, 0, 0, 0, 0),
+    "zoom": ("augmentation up to 64 px: largest scale factor", 1.1, 1.0, 1.0, 1.0, 1.0),
+    "flip": ("augmentation: 1 to mirror at random, 0 for not", 0, 1, 1, 1, 1),
 }
 
 # Words of the released class lists where they differ from the data set's names: "class: word", or "class: word: phrase"
@@ -80,6 +94,16 @@ n04026417: purse; n04090263: rifle; n04133789: sandal; n04153751: screw; n042965
 n04371774: swing; n04404412: television; n04465501: tractor; n04485082: tripod; n04507155: umbrella; n04536866: violin;
 n04579432: whistle; n04606251: wreck; n07714990: broccoli; n07745940: strawberry
 """
+
+# Data sets by name: class of torchvision.datasets and what it reads in --data-root
+TORCHVISION = {"cifar10": "CIFAR10 cifar-10-batches-py/", "cifar100": "CIFAR100 cifar-100-python/"}
+TORCHVISION |= {"svhn": "SVHN train_32x32.mat and test_32x32.mat", "stl10": "STL10 stl10_binary/"}
+TORCHVISION |= {"mnist": "MNIST MNIST/raw/", "fashion-mnist": "FashionMNIST FashionMNIST/raw/"}
+TORCHVISION |= {
+    "textures": "DTD dtd/dtd/",
+    "places365": "Places365 categories_places365.txt, places365_val.txt, val_256/",
+}
+CHECKPOINT = f".checkpoint.{Path(__file__).stem}.{{}}.pt"  # in --dir, one per stage, until the script is done
 
 
 def fail(message, status=1):
@@ -145,58 +169,186 @@ def read_description(folder):
 
 
 def read_picture(source, size):
-    """A file, PIL image or (H, W, 3) uint8 array -> (size, size, 3) uint8: short side to size, centre square."""
+    """A file, an image or (H, W, 3) uint8 array -> (size, size, 3) uint8: short side to size, centre square.
+
+    White shows through transparent parts. ValueError for damaged files, 16 bits and other kinds; CMYK is converted.
+    """
     try:
-        image = Image.open(source) if isinstance(source, Path) else v2.functional.to_pil_image(source)
+        source = source[0] if isinstance(source, tuple) else source  # (image, label) of torchvision
+        image = Image.open(source) if isinstance(source, Path) else source
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        deep = re.search("I;16|;16[BLN]", f"{image.mode} {getattr(image, 'tile', '')}")
+        if deep or image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"):
+            raise ValueError(f"{'16-bit' if deep else image.mode}, wanted is 8-bit grey or RGB")
+        if image.mode == "CMYK":  # ImageNet has some
+            tqdm.write(f"{source} is CMYK; converted to RGB", file=sys.stderr)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return np.array(v2.functional.center_crop(v2.functional.resize(image.convert("RGB"), size), size))
-    except (OSError, ValueError, SyntaxError) as error:
-        fail(f"{source} cannot be read as a picture ({error}); mend it or remove it")
+    except Exception as error:  # Pillow raises of every kind on damaged files
+        raise ValueError(f"{source} cannot be read as a picture ({error}); mend it or remove it") from error
 
 
-def read_images(spec, split, size):
-    """Part train, test or ood (test, or all of a set that is not divided): images (N, size, size, 3), labels, names."""
+def read_pictures(pictures, size, path, title):
+    """Pictures -> (N, size, size, 3) uint8, in threads; above 64 px as a map of the new file `path`, if any."""
+    shape, images = (len(pictures), size, size, 3), None
+    if path and size > 64:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(path.parent).free < math.prod(shape):  # a full disk under a map is a bus error
+            fail(f"{title} takes {math.prod(shape) / 2**30:.1f} GiB, more than is free in {path.parent}; make room")
+        images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    images = np.empty(shape, np.uint8) if images is None else images
+
+    def fill(rows):
+        for i in rows:
+            images[i] = read_picture(pictures[i], size)
+        return len(rows)
+
+    try:
+        with ThreadPoolExecutor() as pool, tqdm(total=len(images), desc=title) as bar:
+            for count in pool.map(fill, np.array_split(np.arange(len(images)), len(images) // 32 + 1)):
+                bar.update(count)
+    except Exception as error:
+        fail(f"{title}: {' '.join(str(error).split())}")
+    return images
+
+
+def torchvision_set(name, split, root):
+    """Part of a set of TORCHVISION, downloaded where it is not in root: (image, label) items, labels, class names."""
+    (kind, files), part = TORCHVISION[name].split(" ", 1), "train" if split == "train" else "test"
+    options, present = [{"split": part}], False
+    if name.startswith("cifar") or name.endswith("mnist"):
+        options = [{"train": part == "train"}]
+    elif name == "textures":  # both papers use every texture as OOD
+        options = [
+            {"split": s} for s in {"train": ["train", "val"], "ood": ["train", "val", "test"]}.get(split, ["test"])
+        ]
+    elif name == "places365":  # older torchvision refuses to download what is there
+        options = [{"split": "train-standard" if part == "train" else "val", "small": True}]
+        present = (Path(root) / ("data_256_standard" if part == "train" else "val_256")).is_dir()
+    try:
+        found = [getattr(torchvision.datasets, kind)(root, download=not present, **option) for option in options]
+    except Exception as error:  # of the disk, the network, the format
+        reason = " ".join(str(error).split())
+        fail(f"{name} is not complete in {root} and no download worked ({reason}); put {files} into {root}")
+    labels = [vars(data)[key] for data in found for key in ("targets", "labels", "_labels") if key in vars(data)]
+    names = list(getattr(found[0], "classes", "0123456789"))
+    return torch.utils.data.ConcatDataset(found), np.concatenate(labels).astype(np.int64), names
+
+
+def read_folder(place, split):
+    """Pictures of a folder (of train, test or val) of class folders or of files; labels, class names; if divided."""
+    folders = {folder.name for folder in place.glob("[!.]*") if folder.is_dir()}
+    halves, part = folders & {"train", "test", "val"}, "train" if split == "train" else "test"
+    if divided := len(halves) > 1 or bool(halves) and halves == folders:  # a class may be called train
+        place = place / ("val" if part == "test" and "test" not in halves else part)
+        folders = {folder.name for folder in place.glob("[!.]*") if folder.is_dir()}
+    names, files = sorted(folders), sorted(place.glob("[!.]*/[!.]*" if folders else "[!.]*"))
+    files = [file for file in files if file.name not in ("Thumbs.db", "desktop.ini")]
+    if (empty := folders - {file.parent.name for file in files}) or not files:
+        fail(f"{place / min(empty, default='')} has no {split} pictures")
+    if loose := [f for f in place.glob("*.*") if names and f.suffix.lower() in Image.registered_extensions()]:
+        fail(f"{loose[0]} lies beside class folders; a folder holds the one or the other")
+    labels = np.array([names.index(file.parent.name) for file in files]) if names else None
+    return files, labels, names or None, divided
+
+
+def read_images(spec, split, size, root="data", path=None):
+    """Part train, test or ood (test, or all of a set that is not divided): images (N, size, size, 3), labels, names.
+
+    Above 64 px they are decoded into `path`, if given, a new .npy file, and come as its memory map. An array of the
+    right size that is taken whole comes as the map of its own file.
+    """
     name, _, subset = spec.partition(":")
-    path, part, labels, names = Path(name), "train" if split == "train" else "test", None, None
-    divided = (file := path / f"{part}.npy").exists() or (path / part).is_dir()
-    if name == "digits":
+    place, labels, names, divided = Path(name), None, None, False
+    if name in TORCHVISION:
+        (pictures, labels, names), divided = torchvision_set(name, split, root), True
+    elif name == "digits":
         (pictures, labels), names = load_digits(return_X_y=True), list("0123456789")
         pictures = np.rint(pictures * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1).repeat(3, axis=3)
     elif name == "patches":  # 520 squares of 32 px
         corners = [(y, x) for y in range(0, 416, 32) for x in range(0, 640, 32)]
         pictures = [photo[y : y + 32, x : x + 32] for photo in load_sample_images().images for y, x in corners]
-    elif file.exists() or path.suffix == ".npy":
-        file = file if divided else path
-        pictures = load_array(file, (None, None, None, 3), np.uint8, "the program that wrote it")
+    elif place.suffix == ".npy" or (place / "train.npy").exists() or (place / "test.npy").exists():
+        divided, writer = place.suffix != ".npy", "what wrote it (images: uint8, all of one size; labels: int64)"
+        file = place / f"{'train' if split == 'train' else 'test'}.npy" if divided else place
+        pictures = load_array(file, (None, None, None, 3), np.uint8, writer)
+        if split == "test" and divided:  # of one size with train
+            load_array(place / "train.npy", (None, *pictures.shape[1:]), np.uint8, writer)
         if (beside := file.with_suffix(".labels.npy")).exists():
-            labels = load_array(beside, pictures.shape[:1], np.int64, "the program that wrote it")
-        names = (path / "classes.txt").read_text().splitlines() if (path / "classes.txt").exists() else None
-    elif path.is_dir():
-        path = path / part if divided else path
-        names = sorted(folder.name for folder in path.glob("[!.]*") if folder.is_dir()) or None
-        pictures = sorted(path.glob("[!.]*/[!.]*" if names else "[!.]*"))
-        labels = names and [names.index(file.parent.name) for file in pictures]
+            labels, listed = load_array(beside, pictures.shape[:1], np.int64, writer), place / "classes.txt"
+            names = listed.read_text("utf-8", "replace").splitlines() if listed.exists() else None
+            if names and len({*names} - {""}) < max(len(names), labels.max() + 1):
+                fail(f"{listed} needs a name of its own per class; {beside.name} has labels up to {labels.max()}")
+    elif place.is_dir():
+        pictures, labels, names, divided = read_folder(place, split)
     else:
-        fail(f"there is no data set {name}: give digits, patches, a folder of images or arrays, or a .npy file", 2)
-    known, keep = np.zeros(len(pictures), np.int64) if labels is None else np.asarray(labels), np.arange(len(pictures))
+        sets = ", ".join(["digits", "patches", *TORCHVISION])
+        fail(f"there is no data set {name}: give {sets}, a folder of images or arrays, or a .npy file", 2)
+    known, keep = np.zeros(len(pictures), int) if labels is None else np.asarray(labels), np.arange(len(pictures))
+    if not divided and split != "ood":  # every fifth image of a class is for testing
+        order = known.argsort(kind="stable")
+        rank = (keep - np.searchsorted(known[order], known[order]))[order.argsort()]  # within the class
+        keep = keep[(rank % 5 == 4) == (split == "test")]
     if subset:
         ends = [n.split("-") for n in subset.split(",")] if re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", subset) else []
         chosen = sorted({c for end in ends for c in range(int(end[0]), min(int(end[-1]), len(known)) + 1)})
-        if labels is None or not chosen or not set(chosen) <= set(known.tolist()):
-            fail(f"{spec}: give classes as 0-5 or 0,3,7; {name} has {len(np.unique(known))}", 2)
-        keep, names = keep[np.isin(known, chosen)], names and [names[c] for c in chosen]
+        if labels is None or not chosen or not {*chosen} <= {*known.tolist()}:
+            there = "no labels" if labels is None else f"{len(np.unique(known))} classes"
+            fail(f"{spec}: give classes as 0-5 or 0,3,7; {name} has {there}", 2)
+        keep, names = keep[np.isin(known[keep], chosen)], [names[c] if names else str(c) for c in chosen]
         known = np.searchsorted(chosen, known)
-    if not divided and split != "ood":  # every fifth image of a class is for testing
-        rank = np.array([(known[:i] == known[i]).sum() for i in range(len(known))])  # within the class
-        keep = keep[(rank[keep] % 5 == 4) == (split == "test")]
     if not len(keep):
-        fail(f"{spec} has no {split} pictures; looked for them in {path}")
-    as_is = isinstance(pictures, np.ndarray) and pictures.shape[1:3] == (size, size)
-    images = pictures[keep] if as_is else np.stack([read_picture(pictures[i], size) for i in tqdm(keep, desc=spec)])
-    return images, None if labels is None else known[keep], names
+        fail(f"{spec} has no {split} pictures: too few of each class to spare a fifth")
+    whole, fits = not subset and len(keep) == len(pictures), isinstance(pictures, np.ndarray)
+    if fits and pictures.shape[1:3] == (size, size) and (whole or size <= 64):
+        images = pictures if whole else pictures[keep]
+    else:
+        images = read_pictures(torch.utils.data.Subset(pictures, keep), size, path, spec)
+    return images, labels if whole or labels is None else known[keep], names
+
+
+def store_id_data(args):
+    """Put the data set args.data into args.dir, an array folder as links, and return what data.json says of it."""
+    arrays, names, seen, digest, grey = {}, {}, {}, hashlib.sha256(), True
+    for split in ("train", "test"):
+        path = args.dir / f".partial.{split}.npy"
+        images, labels, names[split] = read_images(args.data, split, args.image_size, args.data_root, path)
+        arrays |= {split: images, f"{split}.labels": labels}
+        seen[split] = set() if labels is None else {*labels.tolist()}
+        for i in tqdm(
+            range(0, len(images), 256), f"reading {split}", delay=1
+        ):  # there may be more than the memory holds
+            digest.update(rows := np.ascontiguousarray(images[i : i + 256]))
+            grey = grey and bool((rows == rows[..., :1]).all())
+    if bool(seen["train"]) != bool(seen["test"]):
+        fail(f"{args.data} has labels for {'train' if seen['train'] else 'test'} only; give both or neither")
+    if odd := {*(names["train"] or ())} ^ {*(names["test"] or ())} or seen["test"] - seen["train"]:
+        fail(f"{args.data}: train and test need the same classes; in one only: {', '.join(sorted(map(str, odd)))}")
+    classes = (names["train"] or [*map(str, range(max(seen["train"]) + 1))]) if seen["train"] else None
+    data = {"name": args.data, "classes": classes, "image_size": args.image_size, "channels": 1 if grey else 3}
+    data |= {"train": len(arrays["train"]), "test": len(arrays["test"]), "digest": digest.hexdigest()[:16]}
+    for name, array in reversed(arrays.items()):  # train.npy last: without data.json it counts as brought by hand
+        path = args.dir / f"{name}.npy"
+        if array is None or args.data == str(args.dir):
+            continue
+        if not isinstance(array, np.memmap):
+            save(path, array)
+        elif (source := Path(array.filename).resolve()).name == f".partial.{path.name}":
+            os.replace(source, path)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            path.symlink_to(source)
+    save(args.dir / "data.json", json.dumps(data, indent=1) + "\n")
+    return data
 
 
 def prepare_data(args):
-    """Put the ID data into args.dir once. Returns data.json and, by split, images on the device and labels or None."""
+    """Put the ID data into args.dir once. Returns data.json and, by split, images and labels or None.
+
+    Images up to 64 px are (N, 3, H, W) uint8 on the device, larger ones the memory map (N, H, W, 3) of their file.
+    """
     data, again = read_description(args.dir), "this script in an empty --dir"
     held = data.get("name", str(args.dir) if (args.dir / "train.npy").exists() else args.data)
     if held != args.data:
@@ -204,40 +356,231 @@ def prepare_data(args):
     if not data:
         if args.data == str(args.dir):  # arrays brought by hand keep their size
             args.image_size = load_array(args.dir / "train.npy", (None, None, None, 3), np.uint8, again).shape[1]
-        parts = [read_images(args.data, split, args.image_size) for split in ("train", "test")]
-        (train, y, names), (test, y_test, test_names) = parts
-        count = 0 if y is None or y_test is None else int(max(y.max(), y_test.max())) + 1
-        if names != test_names or (y is None) != (y_test is None) or names and count > len(names):
-            fail(f"{args.data}: train and test need the same classes, a name for each, and labels both or neither")
-        names = (names or [*map(str, range(count))]) if count else None
-        data = {"name": args.data, "classes": names, "image_size": args.image_size}
-        data |= {"channels": 1 if (train == train[..., :1]).all() else 3, "train": len(train), "test": len(test)}
-        data["digest"] = hashlib.sha256(train.tobytes() + test.tobytes()).hexdigest()[:16]
-        for name, array in {"train": train, "test": test, "train.labels": y, "test.labels": y_test}.items():
-            if array is not None and args.data != str(args.dir):
-                save(args.dir / f"{name}.npy", array)
-        save(args.dir / "data.json", json.dumps(data, indent=1) + "\n")
-    images, labels = {}, {"train": None, "test": None}
+        try:
+            data = store_id_data(args)
+        finally:
+            for split in ("train", "test"):
+                (args.dir / f".partial.{split}.npy").unlink(missing_ok=True)
+    args.image_size, images, labels = data["image_size"], {}, {"train": None, "test": None}
     for split in labels:
         shape = (data[split], data["image_size"], data["image_size"], 3)
-        array = load_array(args.dir / f"{split}.npy", shape, np.uint8, again)
-        images[split] = torch.from_numpy(np.array(array)).permute(0, 3, 1, 2).contiguous().to(args.device)
+        images[split] = load_array(args.dir / f"{split}.npy", shape, np.uint8, again)
+        if data["image_size"] <= 64:
+            images[split] = torch.from_numpy(np.array(images[split])).permute(0, 3, 1, 2).contiguous().to(args.device)
         if data["classes"]:
             labels[split] = np.array(load_array(args.dir / f"{split}.labels.npy", shape[:1], np.int64, again))
     return data, images, labels
 
 
 def build_backbone(arch):
-    """(B, 3, H, W) in [-1, 1] -> features (B, D); returns also D. small: for digits; resnet*: CIFAR stem."""
+    """(B, 3, H, W) in [-1, 1] -> features (B, D); returns also D.
+
+    small: for digits; resnet*: of torchvision, at random, with a CIFAR stem (3 x 3, stride 1, no pooling) or, named
+    *-imagenet, its own (7 x 7, stride 2, pooling).
+    """
     if arch == "small":
         layers = []
         for a, b, stride in ((3, 32, 1), (32, 64, 1), (64, 128, 2), (128, 128, 2)):
             layers += [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), 512
-    net = getattr(torchvision.models, arch)()
-    net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    net = getattr(torchvision.models, arch.removesuffix("-imagenet"))()
+    if not arch.endswith("-imagenet"):
+        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     width, net.fc = net.fc.in_features, nn.Identity()
     return net, width
+
+
+def ranks():
+    """(number of this process, how many torchrun started); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def start(args):
+    """Settle --amp and --restart; join torchrun's processes, each on a device of its own."""
+    rank, world, kind = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), args.device.split(":")[0]
+    args.amp = ("bf16" if kind == "cuda" else "none") if args.amp == "auto" else args.amp
+    for option in RECIPES:
+        if "batch" in option and getattr(args, option) % world:
+            fail(f"--{option.replace('_', '-')} {getattr(args, option)} is not a multiple of the {world} processes", 2)
+    for path in args.dir.glob(CHECKPOINT.format("*")) if args.restart and not rank else ():
+        path.unlink()
+    if world > 1:
+        if kind == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=9))
+
+
+def seeded(*key):
+    """A seed for each (seed, stage, step, ...): 32 bits, of which torch's CPU generator takes no more."""
+    return int(np.random.SeedSequence([*repr(key).encode()]).generate_state(1)[0])
+
+
+def draw_share(rand, rows, *shape, device):
+    """rand(rows, *shape), the rows of this process of what is drawn for all: the same for any number of processes."""
+    rank, world = ranks()
+    return rand(rows * world, *shape, device=device)[rank::world]
+
+
+def batch_of(count, size, step, *key):
+    """Items of step 0, 1, ...: `size` more of one random order of `count` items, made by `key`, after another."""
+    first, last = step * size, step * size + size - 1
+    rounds = range(first // count, last // count + 1)
+    orders = [np.random.default_rng(seeded(*key, n)).permutation(count) for n in rounds]
+    return np.concatenate(orders)[first % count :][:size]
+
+
+def crops(source, size, flip, key, items):
+    """Items step * N + index of an array or .npy -> uint8 (B, 3, size, size): random crops by key, or centres."""
+    images, views = source if isinstance(source, np.ndarray) else np.load(source, mmap_mode="r"), []
+    random = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(0.5 * flip)])
+    for item in items:
+        view = torch.from_numpy(images[item % len(images)].copy()).permute(2, 0, 1)
+        torch.manual_seed(seeded(*key, item))  # of the worker process
+        views.append(random(view) if key else v2.functional.center_crop(view, size))
+    return torch.stack(views)
+
+
+def fetch(images, plan, steps, args, size=0, key=(), share=True):
+    """Per step: plan(step), the global batch (B,), and this process's share of its images, uint8 (B / world, 3, H, W).
+
+    Tensors are indexed on their device; memory maps are read by workers, cropped to `size` px (0: whole) as in crops.
+    """
+    (rank, world), blocks = ranks() if share else (0, 1), itertools.repeat(None)
+    if not isinstance(images, torch.Tensor):
+        items = ((plan(step)[rank::world] + step * len(images)).tolist() for step in steps)
+        read = functools.partial(
+            crops,
+            getattr(images, "filename", None) or images,
+            min(size or images.shape[1], images.shape[1]),
+            args.flip,
+            key,
+        )
+        every, workers = range(len(images) * (steps.stop + 1)), min(8, os.cpu_count())
+        pinned = args.device.startswith("cuda")
+        blocks = DataLoader(every, batch_sampler=items, num_workers=workers, collate_fn=read, pin_memory=pinned)
+    for step, block in zip(steps, blocks, strict=False):
+        index = torch.from_numpy(plan(step)).to(args.device)
+        yield index, images[index[rank::world]] if block is None else block.to(args.device, non_blocking=True)
+
+
+def summed(x):
+    """Sum of x over the processes, and in the backward pass of its gradients."""
+
+    def total(part):
+        dist.all_reduce(part := part.detach().clone())
+        return part
+
+    if x.requires_grad:
+        x.register_hook(total)
+    return x + (total(x) - x).detach()
+
+
+def gather(x):
+    """Rows (B / processes, ...) of every process -> (B, ...) in the order of the global batch, float, with gradient."""
+    (rank, world), x = ranks(), x.float()
+    slots = x.new_zeros(len(x), world, *x.shape[1:])
+    slots[:, rank] = x
+    return summed(slots).flatten(0, 1) if world > 1 else x
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the images of all processes, on any device; nn.SyncBatchNorm is for CUDA alone."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        count = x.numel() / x.shape[1] * ranks()[1]
+        x = x - (mean := summed(x.sum((0, 2, 3))) / count)[:, None, None]
+        variance = summed(x.square().sum((0, 2, 3))) / count
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
+        self.num_batches_tracked += 1
+        return x * (self.weight * (variance + self.eps).rsqrt())[:, None, None] + self.bias[:, None, None]
+
+
+def parallel(net, args):
+    """Move net to its device; its forward(*inputs): batch norm, gradients over all processes, --amp, --compile."""
+    kind, world = args.device.split(":")[0], ranks()[1]
+    net.to(args.device, memory_format=torch.channels_last if kind == "cuda" else torch.preserve_format)
+    if world > 1 and kind == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for layer in net.modules() if world > 1 and kind != "cuda" else ():
+        layer.__class__ = GlobalBatchNorm if type(layer) is nn.BatchNorm2d else layer.__class__
+    if args.compile:
+        net.compile()
+    run = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    return torch.autocast(kind, torch.bfloat16, enabled=args.amp == "bf16")(lambda *inputs: run(*inputs))
+
+
+def resume(stage, parts, args):
+    """Load a stage's checkpoint, if there is one, into parts: what else it holds. Ends where options differ from it."""
+    path, free = args.dir / CHECKPOINT.format(stage), ("device", "compile", "restart", "checkpoint_every")
+    given = vars(getattr(args, "given", args))  # without what one method changes
+    now = {o: str(v) for o, v in given.items() if o not in free and not isinstance(v, Path)}
+    state = {"config": now, "step": 0, "curve": torch.zeros(0, 2)}
+    for file in sorted(args.dir.glob(CHECKPOINT.format("*"))):
+        held = torch.load(file, args.device if file == path else "cpu", weights_only=True, mmap=file != path)
+        for option in (option for option in now if now[option] != held["config"].get(option)):
+            change = f"--{option.replace('_', '-')} {held['config'].get(option)}, now {now[option]}"
+            fail(f"{file} is of a run with {change}; go on with that, or give --restart to delete it and begin anew")
+        if file == path:
+            for name, part in parts.items():
+                part.load_state_dict(held[name])
+            state = held
+            print(f"{stage}: going on from step {held['step']}")
+    if dist.is_initialized():
+        dist.barrier()  # from here on the first process writes
+    return state
+
+
+def record(stage, state, parts, curve, steps, args):
+    """Write what resume reads, and the losses of `curve` (steps done, 2) to <stage>_log.jsonl; ends what diverged."""
+    if len(curve) >= min(100, steps) and not curve[-100:, 1].isfinite().any():
+        fail(f"{stage} diverged, its gradients are not finite; lower the learning rate and give --restart")
+    if ranks()[0] == 0:
+        held = {name: part.state_dict() for name, part in parts.items()}
+        save(args.dir / CHECKPOINT.format(stage), state | held | {"step": len(curve), "curve": curve.clone()})
+        lines = enumerate(curve[:, 0].tolist(), 1)
+        lines = [json.dumps({"step": step, "loss": loss if math.isfinite(loss) else None}) for step, loss in lines]
+        save(args.dir / f"{stage}_log.jsonl", "\n".join(lines) + "\n")
+
+
+def fit(stage, net, loss_of, batches, steps, optimizer, args, end=1.0, warmup=0, clip=math.inf, ema=None):
+    """Steps on loss_of(*batch); the learning rate rises over `warmup` steps and falls on a cosine to `end` of its top.
+
+    Random numbers depend on (seed, stage, step) alone and the rest is kept by record(): a run that is killed and
+    started again ends in the same weights. A step whose gradient is not finite is left out.
+    """
+    for group in optimizer.param_groups:
+        group["top"] = group["lr"]
+        for p in group["params"] if "momentum" in group else ():  # else a first step that is left out would spoil it
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    parts = {"net": net, "optimizer": optimizer} | ({"ema": ema} if ema else {})
+    state = resume(stage, parts, args)
+    curve, begin = torch.tensor([[math.nan, 0.0]], device=args.device).repeat(steps, 1), state["step"]
+    curve[:begin], saved = state["curve"], time.monotonic()  # per step: loss, norm of the gradient
+    bar = tqdm(batches(range(begin, steps)), stage, steps, initial=begin, disable=ranks()[0] > 0)
+    net.train()
+    for step, batch in enumerate(bar, begin):
+        torch.manual_seed(seeded(args.seed, stage, step))
+        gone = max(0, step - warmup) / max(1, steps - warmup)
+        fall = end + (1 - end) * (1 + math.cos(math.pi * gone)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = group["top"] * fall * min(1.0, (step + 1) / (warmup + 1))
+        if (loss := loss_of(*batch)) is not None:
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(net.parameters(), clip)
+            optimizer.found_inf = (~norm.isfinite()).float()  # 1: fused optimisers leave the step out
+            optimizer.step()
+            curve[step] = torch.stack([gather(loss.detach()[None]).mean(), norm])
+        if ema:
+            ema.step(net.parameters())
+        if step + 1 == steps or time.monotonic() - saved >= args.checkpoint_every:
+            record(stage, state, parts, curve[: step + 1], steps, args)
+            bar.set_postfix(loss=curve[step, 0].item(), left_out=(~curve[:, 1].isfinite()).sum().item())
+            saved = time.monotonic()
 
 
 def augment(images, args):
@@ -247,7 +590,7 @@ def augment(images, args):
     args.degrees, scale by up to args.zoom, mirror if args.flip; black comes in from outside.
     """
     x, side = images.float() / 255, images.shape[-1]
-    angle, zoom, dx, dy, mirror = (torch.rand(5, len(x), device=x.device) * 2 - 1).unbind()
+    angle, zoom, dx, dy, mirror = (draw_share(torch.rand, len(x), 5, device=x.device) * 2 - 1).unbind(1)
     angle, zoom = angle * math.radians(args.degrees), args.zoom**zoom
     mirror = mirror.sign() if args.flip else torch.ones_like(mirror)
     if args.degrees == 0 and args.zoom == 1:
@@ -268,6 +611,9 @@ def load_anchors(folder):
         fail(f"{folder} does not load ({str(error).splitlines()[0]}); run train_scan_diffusion.py again")
     if not unet.config.num_class_embeds:
         fail(f"the diffusion model in {folder} knows no classes; train it with train_scan_diffusion.py")
+    notes = folder / "training.json"
+    if notes.exists() and '"t_max": 1000' not in notes.read_text():
+        print("note: this model knows t < t_max alone; sample_outliers.py needs one trained with --t-max 1000")
     return unet.class_embedding.weight[:-1].detach().clone()
 
 
@@ -336,44 +682,52 @@ def cosine_logits(z, Gamma, t):
 
 
 def train_encoder(images, labels, Gamma, args):
-    """Minimise CE(cos(h(x), Gamma) / t, y) over h. images (N, 3, H, W) uint8, labels (N,) on their device."""
+    """Minimise CE(cos(h(x), Gamma) / t, y) over h. images as in fetch, labels (N,) on the device."""
+    torch.manual_seed(seeded(args.seed, "encoder"))
     backbone, width = build_backbone(args.arch)
-    h = nn.Sequential(backbone, nn.Linear(width, Gamma.shape[1])).to(images.device)
-    optimizer = torch.optim.SGD(h.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
-    batch = min(args.batch_size, len(images))
-    steps = args.epochs * (len(images) // batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 1e-6)
-    for _ in (progress := tqdm(range(args.epochs), desc="text-conditioned encoder")):
-        for index in torch.randperm(len(images), device=images.device).split(batch)[: len(images) // batch]:
-            loss = F.cross_entropy(cosine_logits(h(augment(images[index], args)), Gamma, args.t), labels[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
+    h = nn.Sequential(backbone, nn.Linear(width, Gamma.shape[1]))
+    forward, size = parallel(h, args), min(args.batch_size, len(images)) // ranks()[1] * ranks()[1]
+
+    def alignment(index, x):
+        x = augment(x, args) if isinstance(images, torch.Tensor) else x.float() / 127.5 - 1  # the rest is done there
+        return F.cross_entropy(cosine_logits(gather(forward(x)), Gamma, args.t), labels[index])
+
+    optimizer = torch.optim.SGD(
+        h.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, fused=True
+    )
+    plan = lambda step: batch_of(len(images), size, step, args.seed, "encoder")  # noqa: E731
+    batches = functools.partial(fetch, images, plan, args=args, size=args.crop, key=(args.seed, "crop"))
+    fit("encoder", h, alignment, batches, args.epochs * len(images) // size, optimizer, args, end=1e-6 / args.lr)
     return h.eval()
 
 
 @torch.no_grad()
-def embed(h, images):
-    """z = h(x) for images (N, 3, H, W) uint8 as they are: (N, d) float32, not normalised."""
-    return torch.cat([h(part.float() / 127.5 - 1) for part in images.split(1024)])
+def embed(h, images, args):
+    """z = h(x) for all images as they are, or their centre crop: (N, d) float32, not normalised."""
+    parts = np.array_split(np.arange(len(images)), -(-len(images) // (1024 if images.shape[1] == 3 else 64)))
+    views = fetch(images, parts.__getitem__, range(len(parts)), args, args.crop, share=False)
+    return torch.cat([h(x.float() / 127.5 - 1) for _, x in tqdm(views, "embeddings", len(parts), delay=1)])
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/digits"), help="shared directory (default: %(default)s)")
-    parser.add_argument(
-        "--data", help="digits[:0-5], a folder of images or arrays, or a .npy file (default: digits:0-5)"
-    )
+    sets = f"ID: NAME[:CLASSES] of digits, patches, {', '.join(TORCHVISION)}, or a folder or .npy (default: digits:0-5)"
+    parser.add_argument("--data", help=sets)
+    parser.add_argument("--data-root", default="data", help="folder of torchvision's data sets (default: %(default)s)")
     parser.add_argument("--diffusion", help="Stable Diffusion, hub id or folder (default: diffusion/ of --dir)")
     text = "Stable Diffusion: anchor of a class word of several tokens (default: %(default)s, as released)"
     parser.add_argument("--multi-token", choices=("first", "mean", "error"), default="first", help=text)
     text = "Stable Diffusion: a line per class, 'word' or 'word: phrase of the prompt' (default: the released words)"
     parser.add_argument("--class-words", type=Path, help=text)
+    parser.add_argument("--restart", action="store_true", help="begin anew, not where a run was stopped")
+    parser.add_argument("--checkpoint-every", type=float, default=60.0, help="seconds, 0: every step (default: 60)")
+    parser.add_argument("--compile", action="store_true", help="compile the networks with torch.compile")
     parser.add_argument("--device", help="torch device (default: cuda, mps or cpu)")
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")  # of several processes the first one speaks
     args = parse_recipe(parser)
-    args.diffusion = args.diffusion or str(args.dir / "diffusion")
+    args.diffusion = args.diffusion or str((args.dir / "diffusion").absolute())
     if args.zoom < 1:
         fail(f"--zoom is {args.zoom}; it must be at least 1", 2)
     return args
@@ -391,27 +745,32 @@ def load_labels(args, data, classes):
 
 def main():
     args = parse_args()
-    torch.manual_seed(args.seed)
-    if is_stable_diffusion(args.diffusion):
-        text = load_text_model(args.diffusion)
-        data, images, labels = prepare_data(args)
+    start(args)
+    text = load_text_model(args.diffusion) if is_stable_diffusion(args.diffusion) else None
+    Gamma = None if text else load_anchors(Path(args.diffusion))
+    rank, world = ranks()
+    if rank:
+        dist.barrier()  # the first process puts the data into --dir, then the others read them
+    data, images, labels = prepare_data(args)
+    if world > 1 and rank == 0:
+        dist.barrier()
+    if text:
         if not data["classes"]:
-            fail(
-                f"{args.data} has no class labels, which Stable Diffusion is prompted with; use train_scan_diffusion.py"
-            )
+            fail(f"{args.data} has no class labels to prompt Stable Diffusion with; use train_scan_diffusion.py")
         words = read_class_words(args.class_words) if args.class_words else default_words(data["classes"])
         if len(words) != len(data["classes"]):
             fail(f"{args.class_words} has {len(words)} lines, {args.data} {len(data['classes'])} classes; mend it", 2)
-        Gamma = token_anchors(*text, words, args.multi_token).to(args.device)
-        save(args.dir / "class_words.txt", "".join(f"{word}: {phrase}\n" for word, phrase in words))
+        Gamma = token_anchors(*text, words, args.multi_token)
+        if rank == 0:
+            save(args.dir / "class_words.txt", "".join(f"{word}: {phrase}\n" for word, phrase in words))
     else:
-        Gamma = load_anchors(Path(args.diffusion)).to(args.device)
-        data, images, _ = prepare_data(args)
         labels = load_labels(args, data, len(Gamma))
+    Gamma = Gamma.to(args.device)
 
+    args.inputs = f"{data['digest']}-{zlib.crc32(Gamma.cpu().numpy().tobytes() + labels['train'].tobytes()):08x}"
     y = {split: torch.from_numpy(np.array(labels[split])).to(args.device) for split in labels}
     h = train_encoder(images["train"], y["train"], Gamma, args)
-    z = {split: embed(h, images[split]) for split in images}
+    z = {split: embed(h, images[split], args) for split in images}
     for split in z:
         accuracy = (cosine_logits(z[split], Gamma, args.t).argmax(1) == y[split]).float().mean().item()
         print(f"accuracy by nearest anchor, {split}: {accuracy:.3f} (n = {len(z[split])})")
@@ -419,10 +778,13 @@ def main():
         fail("training diverged: embeddings are not finite; lower --lr")
     config = {option: value for option, value in vars(args).items() if not isinstance(value, Path)}
     config |= {"d": Gamma.shape[1], "classes": data["classes"]}
-    save(args.dir / "text_encoder.pt", {"encoder": h.state_dict(), "config": config, "digest": data["digest"]})
-    save(args.dir / "anchors.npy", Gamma.cpu().numpy())
-    save(args.dir / "id_embeddings.npy", z["train"].cpu().numpy())
-    save(args.dir / "id_labels.npy", np.array(labels["train"]))
+    if rank == 0:
+        save(args.dir / "text_encoder.pt", {"encoder": h.state_dict(), "config": config, "digest": data["digest"]})
+        save(args.dir / "anchors.npy", Gamma.cpu().numpy())
+        save(args.dir / "id_embeddings.npy", z["train"].cpu().numpy())
+        save(args.dir / "id_labels.npy", np.array(labels["train"]))
+        for path in args.dir.glob(CHECKPOINT.format("*")):
+            path.unlink()
     print(f"wrote anchors {tuple(Gamma.shape)} and id_embeddings {tuple(z['train'].shape)} to {args.dir}")
     more = f" --diffusion {args.diffusion}" if is_stable_diffusion(args.diffusion) else ""
     print(f"next: python sample_outliers.py --dir {args.dir}{more}")

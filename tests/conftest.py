@@ -169,7 +169,7 @@ def sd_run(tmp_path_factory, run, tiny_sd):
         ("train_text_encoder", "--data", "digits:0-2", "--diffusion", tiny_sd, "--epochs", 4, *words),
         ("sample_outliers", "--diffusion", tiny_sd, "--scheduler", "pndm", "--guidance", 7.5, *small),
         ("sample_sd_outliers", "--diffusion", tiny_sd, "--S", 100, "--steps", 4),
-        ("train_classifier", "--method", "ce", "dream", "--epochs", 2),
+        ("train_classifier", "--method", "ce", "dream", "sd", "--epochs", 2),
         ("evaluate", "--ood-data", "digits:6-7", "--bootstrap", 20),
     ):
         done = run(script, "--dir", folder, *args)

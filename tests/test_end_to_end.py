@@ -15,11 +15,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 C, D, SIDE, PER_CLASS, K = 3, 64, 8, 12, 6  # of tiny_run
 OOD = ["digits:6-7", "patches"]
-SCORES = {
-    "ce": {"msp", "maxlogit", "energy", "knn"},
-    "dream": {"msp", "maxlogit", "energy", "knn", "phi"},
-    "sd": {"distance", "voting", "distance+voting", "bin"},
-}
+SCORES = {"frozen": {"knn", "mahalanobis", "relative-mahalanobis"}}
+SCORES["ce"] = SCORES["frozen"] | {"msp", "maxlogit", "energy"}
+SCORES["dream"] = SCORES["ce"] | {"phi"}
+SCORES["sd"] = {"distance", "voting", "distance+voting", "bin", "mahalanobis", "relative-mahalanobis"}
 SMALL = ["--K", K, "--boundary", 6, "--draw", 6, "--candidates", 16, "--per-class", PER_CLASS, "--steps", 4]
 
 
@@ -132,12 +131,13 @@ def test_diffusion_loads_and_owns_the_anchors(tiny_run):
 
 def test_checkpoints(tiny_run):
     paths = {path.name: torch.load(path, weights_only=True) for path in tiny_run.glob("*.pt")}
-    methods = {f"classifier_{method}.pt" for method in ("ce", "dream", "dream-id", "sd")}
+    methods = {f"classifier_{method}.pt" for method in ("ce", "dream", "dream-id", "sd", "frozen")}
     assert set(paths) == {"scan.pt", "text_encoder.pt"} | methods
     for name, content in paths.items():
         assert content["config"]["seed"] == 0
         if name in methods:
-            assert f"classifier_{content['config']['method']}.pt" == name and content["config"]["classes"] == C
+            assert f"classifier_{content['config']['method']}.pt" == name
+            assert content["config"]["classes"] == (0 if "frozen" in name else C)
             assert all(value.isfinite().all() for value in content["model"].values())
     assert any(key.startswith("phi") for key in paths["classifier_dream.pt"]["model"])
     assert {f"heads.{head}.weight" for head in ("g_bin", "g_in", "g_out")} <= set(paths["classifier_sd.pt"]["model"])
@@ -200,7 +200,8 @@ def test_results(tiny_run):
     for r in results:
         assert set(r) == fields and r["id"] == "digits:0-2" and r["seed"] == 0
         assert r["n_id"] == N_TEST and r["n_ood"] == sizes.get(r["ood"], N_TEST)
-        assert all(0 <= r[share] <= 1 for share in shares)
+        assert (r["id_accuracy"] is None) == (r["method"] == "frozen")  # features alone name no class
+        assert all(0 <= r[share] <= 1 for share in shares if r[share] is not None)
         for interval in (r["auroc_ci"], r["fpr95_ci"]):
             assert len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1
     for method in {r["method"] for r in results}:

@@ -183,7 +183,8 @@ def finished(tmp_path_factory):
 def test_run_leaves_every_file(finished):
     folder, printed = finished
     records = json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
-    scores = {"ce": {"msp", "maxlogit", "energy", "knn"}, "sd": {"distance", "voting", "distance+voting", "bin"}}
+    scores = {"sd": {"distance", "voting", "distance+voting", "bin", "mahalanobis", "relative-mahalanobis"}}
+    scores["ce"] = {"msp", "maxlogit", "energy", "knn", "mahalanobis", "relative-mahalanobis"}
     scores["dream"] = scores["ce"] | {"phi"}
     sets = {"digits:8,9": 354, str(folder / "far.npy"): 11, "sd_reconstructions_test": 25}
     assert {(r["method"], r["score"], r["ood"]) for r in records} == {
@@ -394,9 +395,8 @@ def test_grey_data_see_grey_outliers_only(tmp_path, monkeypatch):
     grey = np.rint(colour @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)[..., None].repeat(3, axis=3)
     np.save(tmp_path / "colour.npy", colour)
     np.save(tmp_path / "grey.npy", grey)
-    seen = types.SimpleNamespace(
-        dir=folder, k=2, knn_k=5, ood_data=[str(tmp_path / "colour.npy"), str(tmp_path / "grey.npy")]
-    )
+    ood = [str(tmp_path / "colour.npy"), str(tmp_path / "grey.npy")]
+    seen = types.SimpleNamespace(dir=folder, data="digits", k=2, knn_k=5, ood_data=ood, data_root="data")
     _, sets, _ = evaluate.read_directory(seen)
     assert (
         np.array_equal(*(sets[name] for name in seen.ood_data)) and (np.ptp(sets[seen.ood_data[0]], axis=3) == 0).all()

@@ -236,7 +236,11 @@ def test_files_of_the_run_with_stable_diffusion(sd_run, tiny_sd, text):
     log = (sd_run.parent / "train_text_encoder.log").read_text()
     assert re.search(r"^ +2  high-quality porcupine +por cup ine</w> +\d+ \(first\)$", log, re.M)
     results = json.loads((sd_run / "results.json").read_text())
-    assert {(r["method"], r["score"]) for r in results} >= {("dream", "energy"), ("dream", "phi"), ("ce", "msp")}
+    scores = {("dream", "energy"), ("dream", "phi"), ("ce", "msp"), ("sd", "distance+voting")}
+    assert {(r["method"], r["score"]) for r in results} >= scores
+    for method in ("ce", "dream", "sd"):  # the outliers know the data set's labels: nothing is matched
+        config = torch.load(sd_run / f"classifier_{method}.pt", weights_only=True)["config"]
+        assert config["whose_labels"] == "dataset"
     assert all(0 <= r["auroc"] <= 1 for r in results)
     assert not [path for path in sd_run.iterdir() if "partial" in path.name]
 
@@ -410,6 +414,24 @@ def test_saved_size_and_resize_are_recorded(inputs, tiny_sd, main):
         assert np.load(inputs / "outliers.npy").shape == (36, side, side, 3)
         settings = json.loads((inputs / "outliers.json").read_text())
         assert (settings["save_size"], settings["resize"], settings["resolution"]) == (side, how, 16)
+
+
+def test_other_words_and_other_models_make_other_sd_outliers(inputs, tiny_sd, tiny_run, tmp_path, main, capsys):
+    arguments = "--dir", inputs, "--diffusion", tiny_sd, "--steps", 2, "--S", 50
+    main("sample_sd_outliers", *arguments)
+    first = np.load(inputs / "sd_outliers.npy")
+    (tmp_path / "words.txt").write_text("two\nthree\nfour\n")
+    main("sample_sd_outliers", *arguments, "--class-words", tmp_path / "words.txt")
+    assert "complete" not in capsys.readouterr().out
+    assert (np.load(inputs / "sd_outliers.npy") != first).any()
+    copy = shutil.copytree(tiny_run, tmp_path / "own", ignore=shutil.ignore_patterns("*outlier*", "*.pt", "scores"))
+    for expected in (False, True, False):
+        main("sample_sd_outliers", "--dir", copy, "--steps", 2)
+        assert ("complete for these settings" in capsys.readouterr().out) == expected
+        if expected:  # trained anew: every weight moves a little
+            path = copy / "diffusion" / "unet" / "diffusion_pytorch_model.safetensors"
+            weights = {name: tensor + 1e-3 for name, tensor in load_file(path).items()}
+            save_file(weights, path, metadata={"format": "pt"})
 
 
 # Bad input

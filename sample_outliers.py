@@ -349,21 +349,24 @@ def to_uint8(x):
     return x.expand(*x.shape[:3], 3).cpu().numpy()
 
 
-def kth_distance(queries, bank, K, chunk=1024):
+def kth_distance(queries, bank, K, chunk=2048):
     """Distance of each query (N, d) to its K-th nearest row of bank (M, d), (N,): d_K of the paper.
 
-    |b|^2 / 2 - q.b ranks the neighbours in one matrix product; the K-th distance itself is then computed exactly.
+    q.b - |b|^2 / 2 ranks the neighbours in one matrix product; the K-th distance itself is then computed exactly.
     """
+    # oneDNN multiplies up to twice as fast as the BLAS behind addmm, and NumPy selects several times as fast on a CPU
+    onednn = bank.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    place = torch.Tensor.to_mkldnn if onednn else torch.Tensor.contiguous
     center = bank.mean(0)
     bank, d_K = bank - center, []
-    half_square = bank.square().sum(1) / 2
+    rows, half = place(bank), place(-bank.square().sum(1) / 2)
     for q in queries.split(chunk):
         q = q - center
-        rough = torch.addmm(half_square, q, bank.T, alpha=-1)
-        if rough.device.type == "cpu":  # NumPy selects several times as fast there
-            kth = torch.from_numpy(rough.numpy().argpartition(K - 1)[:, K - 1])
+        rough = F.linear(place(q), rows, half).to_dense()  # large: near
+        if rough.device.type == "cpu":
+            kth = torch.from_numpy(rough.numpy().argpartition(-K)[:, -K])
         else:
-            kth = rough.kthvalue(K).indices
+            kth = (-rough).kthvalue(K).indices
         d_K.append((q - bank[kth]).norm(dim=1))
     return torch.cat(d_K)
 

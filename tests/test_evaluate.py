@@ -104,7 +104,7 @@ def test_knn_equals_brute_force(offset):
     bank = torch.nn.functional.normalize(torch.randn(400, 24))
     bank = torch.cat([bank, bank[:5]]) + offset  # some twice
     queries = torch.cat([bank[:50], torch.nn.functional.normalize(torch.randn(30, 24)) + offset])
-    distance, index = evaluate.knn(queries, bank, 7, chunk=16)
+    distance, index = evaluate.knn(queries, bank, 7, chunk=16, block=64)
     exact = torch.cdist(queries.double(), bank.double(), compute_mode="donot_use_mm_for_euclid_dist")
     assert distance.dtype == torch.float32 and distance.shape == index.shape == (80, 7)
     assert (distance - exact.sort(dim=1).values[:, :7]).abs().max() < 1e-4

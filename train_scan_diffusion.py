@@ -702,7 +702,7 @@ def view(images, augment="none", strong=False):
         x = (x + 0.05 * draw_share(torch.randn, *x.shape, device=x.device)).clamp(0, 1)
     elif augment == "colour":
         change, u = strong_view if strong else simclr_view, draw_share(torch.rand, len(x), DRAWS, device=x.device)
-        size = 256 if x.device.type == "cpu" else max(1, len(x))  # what 256 images need stays in a CPU's cache
+        size = 128 if x.device.type == "cpu" else max(1, len(x))  # what 128 images need stays in a CPU's cache
         for part, draws in zip(x.split(size), u.split(size), strict=True):
             part.copy_(change(part, draws))
     return x.mul_(2).sub_(1)

@@ -14,7 +14,6 @@ python tests/benchmark.py knn        # neighbours in chunked torch against faiss
 
 import argparse
 import json
-import os
 import random
 import re
 import resource
@@ -26,9 +25,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin slow a busy machine tenfold
-
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from matplotlib.figure import Figure

@@ -164,15 +164,18 @@ def read_picture(source, size):
         raise ValueError(f"{source} cannot be read as a picture ({error}); mend it or remove it") from error
 
 
+def make_room(path, shape):
+    """Map of a new .npy of uint8 images to be filled, if the disk has room: a full one under a map is a bus error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(path.parent).free < math.prod(shape):
+        fail(f"the images take {math.prod(shape) / 2**30:.1f} GiB, more than is free in {path.parent}; make room")
+    return np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+
+
 def read_pictures(pictures, size, path, title):
     """Pictures -> (N, size, size, 3) uint8, in threads; above 64 px as a map of the new file `path`, if any."""
-    shape, images = (len(pictures), size, size, 3), None
-    if path and size > 64:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(path.parent).free < math.prod(shape):  # a full disk under a map is a bus error
-            fail(f"{title} takes {math.prod(shape) / 2**30:.1f} GiB, more than is free in {path.parent}; make room")
-        images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-    images = np.empty(shape, np.uint8) if images is None else images
+    shape = len(pictures), size, size, 3
+    images = make_room(path, shape) if path and size > 64 else np.empty(shape, np.uint8)
 
     def fill(rows):
         for i in rows:
@@ -528,6 +531,8 @@ def read_directory(args):
         if same_set(args.data, spec, args.dir) and (not names or {*names} & {*(data.get("classes") or names)}):
             fail(f"{spec} overlaps with the ID data {args.data}; name another set or other classes (NAME:6-9)", 2)
     ood |= {n: arrays[n] for n in {COPIES} & {*arrays}}
+    if "sd_outliers" in arrays:
+        arrays["sd_outliers"] = in_format_of(arrays["train"], arrays["sd_outliers"])
     sets = {"id": arrays["test"]} | {name: in_format_of(arrays["train"], images) for name, images in ood.items()}
     return nets, sets, arrays
 
@@ -539,8 +544,8 @@ def score_classifiers(args):
     for net, method, whose, seed in nets:
         facts[method], features, net = {"id_accuracy": None, "seed": seed}, {}, net.to(args.device)
         D_in = features_and_logits(net, arrays["train"], args)[0]
-        if "sd_outliers" in arrays:
-            D_out, logits = features_and_logits(net, in_format_of(arrays["train"], arrays["sd_outliers"]), args)
+        if "sd_outliers" in arrays and (method in ("ce", "sd") or not tsne):
+            D_out, logits = features_and_logits(net, arrays["sd_outliers"], args)
             same = np.array_equal(arrays["y"], arrays.get("train.labels"))
             if method == "ce" and (whose == "pseudo" or same or {"pseudo_labels", "train.labels"} <= {*arrays}):
                 notes.append(f"ce takes SD outliers for {labels_of_outliers(logits['g_in'], arrays, whose)}")

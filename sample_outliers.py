@@ -167,10 +167,10 @@ def load_text_model(checkpoint):
     return tokenizer, text_model.eval()
 
 
-def load_latent_diffusion(checkpoint, dtype, device):
+def load_latent_diffusion(checkpoint, dtype, resolution, device):
     """Parts of a Stable Diffusion checkpoint, without the safety checker: unet in --dtype; vae in float32, decoding in
-    bfloat16 if the UNet is half (float16 can overflow); config of the schedule; side and scale: px of its images, px
-    per latent pixel."""
+    bfloat16 if the UNet is half (float16 can overflow); config of the schedule; side of its images, px: `resolution`,
+    or what it was trained at; scale: px per latent pixel."""
     half = {"fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.float16 if "cuda" in device else torch.float32}
     layout = torch.channels_last if "cuda" in device else torch.contiguous_format
     diffusers.logging.set_verbosity_error()  # it warns of every change of precision
@@ -184,7 +184,10 @@ def load_latent_diffusion(checkpoint, dtype, device):
         fail(f"no Stable Diffusion in {checkpoint} ({str(error).splitlines()[0]}); give --diffusion a hub id or folder")
     unet = unet.eval().to(device, half.get(dtype, torch.float32), memory_format=layout)
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    vae, side = vae.eval().to(device, memory_format=layout), unet.config.sample_size * scale
+    side, grain = resolution or unet.config.sample_size * scale, scale * 2 ** (len(unet.config.block_out_channels) - 1)
+    if side % grain:
+        fail(f"--resolution is {side}; it must be a multiple of {grain}", 2)
+    vae = vae.eval().to(device, memory_format=layout)
     return SimpleNamespace(unet=unet, vae=vae, config=config, side=side, scale=scale)
 
 
@@ -264,10 +267,11 @@ def settings_of(args, **more):
 
 
 def make_room(path, shape):
-    """A new .npy of uint8 images to be filled, if they have room on the disk."""
+    """Map of a new .npy of uint8 images to be filled, if the disk has room: a full one under a map is a bus error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(path.parent).free < math.prod(shape):
         fail(f"the images take {math.prod(shape) / 2**30:.1f} GiB, more than is free in {path.parent}; make room")
-    np.lib.format.open_memmap(path, "w+", np.uint8, shape).flush()
+    return np.lib.format.open_memmap(path, "w+", np.uint8, shape)
 
 
 def open_job(folder, stem, settings, begin, restart):
@@ -277,7 +281,12 @@ def open_job(folder, stem, settings, begin, restart):
     with it. An unfinished job of other settings is not dropped without `restart`.
     """
     complete, partial = folder / f"{stem}.json", folder / f".partial.{stem}.json"
-    held, begun = (json.loads(path.read_text()) if path.exists() else None for path in (complete, partial))
+    try:
+        held, begun = (dict(json.loads(path.read_text())) if path.exists() else None for path in (complete, partial))
+    except (ValueError, TypeError):
+        held = begun = None
+        if not restart:
+            fail(f"{complete} or {partial.name} beside it is damaged; give --restart to make {stem} anew")
     if begun is None and held == settings and (folder / f"{stem}.npy").exists() and not restart:
         print(f"{folder / stem}.npy is complete for these settings; --restart makes it again")
     elif begun is None or restart:
@@ -478,10 +487,7 @@ def text_decoder(args, Gamma):
     tokenizer, text_model = load_text_model(args.diffusion)
     words = read_class_words(args.dir / "class_words.txt")
     ids, slots = class_slots(tokenizer, text_model, words, Gamma, args.prompt)
-    sd = load_latent_diffusion(args.diffusion, args.dtype, args.device)
-    side, grain = args.resolution or sd.side, sd.scale * 2 ** (len(sd.unet.config.block_out_channels) - 1)
-    if side % grain:
-        fail(f"--resolution is {side}; it must be a multiple of {grain}", 2)
+    sd = load_latent_diffusion(args.diffusion, args.dtype, args.resolution, args.device)
     text_model, ids, slots = text_model.to(args.device, sd.unet.dtype), ids.to(args.device), slots.to(args.device)
     null = encode(text_model, tokenize(tokenizer, text_model, [""]))  # (1, 77, d')
     run = torch.compile(sd.unet) if args.compile else sd.unet
@@ -489,10 +495,10 @@ def text_decoder(args, Gamma):
     def decode(v, classes, seeds):
         c = encode(text_model, ids[classes], slots[classes], v)
         solver = make_solver(sd.config, args.scheduler, args.steps, False, args.device)
-        latents = denoise(run, solver, c, null.expand_as(c), seeds, side // sd.scale, args.guidance)
+        latents = denoise(run, solver, c, null.expand_as(c), seeds, sd.side // sd.scale, args.guidance)
         return decode_latents(sd, latents)
 
-    return decode, side
+    return decode, sd.side
 
 
 def parse_args():
@@ -546,7 +552,7 @@ def sample_all(folder, name, Gamma, z, labels, side, args):
         drawn = np.random.default_rng(args.seed).integers(len(Gamma), size=counts.sum())
         counts = np.bincount(drawn, minlength=len(Gamma))
     rows, percentiles, M = ["index,class,source,d_K,cosine,seed"], [], int(counts.sum())
-    make_room(folder / f".partial.{name}s.npy", (M, side, side, 3))
+    make_room(folder / f".partial.{name}s.npy", (M, side, side, 3)).flush()
     path = folder / f".partial.{name}_embeddings.npy"
     np.lib.format.open_memmap(path, "w+", np.float32, (M, z.shape[1])).flush()
     for c in tqdm(np.flatnonzero(counts), desc="embeddings", unit="class"):

@@ -155,10 +155,10 @@ def load_text_model(checkpoint):
     return tokenizer, text_model.eval()
 
 
-def load_latent_diffusion(checkpoint, dtype, device):
+def load_latent_diffusion(checkpoint, dtype, resolution, device):
     """Parts of a Stable Diffusion checkpoint, without the safety checker: unet in --dtype; vae in float32, decoding in
-    bfloat16 if the UNet is half (float16 can overflow); config of the schedule; side and scale: px of its images, px
-    per latent pixel."""
+    bfloat16 if the UNet is half (float16 can overflow); config of the schedule; side of its images, px: `resolution`,
+    or what it was trained at; scale: px per latent pixel."""
     half = {"fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.float16 if "cuda" in device else torch.float32}
     layout = torch.channels_last if "cuda" in device else torch.contiguous_format
     diffusers.logging.set_verbosity_error()  # it warns of every change of precision
@@ -172,7 +172,10 @@ def load_latent_diffusion(checkpoint, dtype, device):
         fail(f"no Stable Diffusion in {checkpoint} ({str(error).splitlines()[0]}); give --diffusion a hub id or folder")
     unet = unet.eval().to(device, half.get(dtype, torch.float32), memory_format=layout)
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    vae, side = vae.eval().to(device, memory_format=layout), unet.config.sample_size * scale
+    side, grain = resolution or unet.config.sample_size * scale, scale * 2 ** (len(unet.config.block_out_channels) - 1)
+    if side % grain:
+        fail(f"--resolution is {side}; it must be a multiple of {grain}", 2)
+    vae = vae.eval().to(device, memory_format=layout)
     return SimpleNamespace(unet=unet, vae=vae, config=config, side=side, scale=scale)
 
 
@@ -252,10 +255,11 @@ def settings_of(args, **more):
 
 
 def make_room(path, shape):
-    """A new .npy of uint8 images to be filled, if they have room on the disk."""
+    """Map of a new .npy of uint8 images to be filled, if the disk has room: a full one under a map is a bus error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(path.parent).free < math.prod(shape):
         fail(f"the images take {math.prod(shape) / 2**30:.1f} GiB, more than is free in {path.parent}; make room")
-    np.lib.format.open_memmap(path, "w+", np.uint8, shape).flush()
+    return np.lib.format.open_memmap(path, "w+", np.uint8, shape)
 
 
 def open_job(folder, stem, settings, begin, restart):
@@ -265,7 +269,12 @@ def open_job(folder, stem, settings, begin, restart):
     with it. An unfinished job of other settings is not dropped without `restart`.
     """
     complete, partial = folder / f"{stem}.json", folder / f".partial.{stem}.json"
-    held, begun = (json.loads(path.read_text()) if path.exists() else None for path in (complete, partial))
+    try:
+        held, begun = (dict(json.loads(path.read_text())) if path.exists() else None for path in (complete, partial))
+    except (ValueError, TypeError):
+        held = begun = None
+        if not restart:
+            fail(f"{complete} or {partial.name} beside it is damaged; give --restart to make {stem} anew")
     if begun is None and held == settings and (folder / f"{stem}.npy").exists() and not restart:
         print(f"{folder / stem}.npy is complete for these settings; --restart makes it again")
     elif begun is None or restart:
@@ -389,11 +398,10 @@ def text_sampler(args, classes):
     else:
         phrases = [name.replace("_", " ") for name in classes]
     tokenizer, text_model = load_text_model(args.diffusion)
-    sd = load_latent_diffusion(args.diffusion, args.dtype, args.device)
-    side, grain = args.resolution or sd.side, sd.scale * 2 ** (len(sd.unet.config.block_out_channels) - 1)
-    if side % grain or args.S >= sd.config["num_train_timesteps"]:
-        fail(f"--resolution must be a multiple of {grain}, --S below {sd.config['num_train_timesteps']}", 2)
-    text_model = text_model.to(args.device, sd.unet.dtype)
+    sd = load_latent_diffusion(args.diffusion, args.dtype, args.resolution, args.device)
+    if args.S >= sd.config["num_train_timesteps"]:
+        fail(f"--S is {args.S}; it must be below {sd.config['num_train_timesteps']}", 2)
+    text_model, side = text_model.to(args.device, sd.unet.dtype), sd.side
     prompts = [args.prompt.replace("{class}", phrase) for phrase in phrases]
     ids = tokenize(tokenizer, text_model, [*prompts, ""])
     if len({tuple(row) for row in ids.tolist()}) <= len(phrases):
@@ -479,7 +487,7 @@ def main():
     def begin():
         rows = [f"{i},{i},{y[i]},{c_r[i]},{seeds[i]}" for i in range(len(images))]
         save(args.dir / f".partial.{stem}.csv", "\n".join(["index,source,y,c_r,seed", *rows]) + "\n")
-        make_room(args.dir / f".partial.{stem}.npy", images.shape)
+        make_room(args.dir / f".partial.{stem}.npy", images.shape).flush()
 
     def make(rows):
         x = torch.from_numpy(images[rows]).to(args.device).permute(0, 3, 1, 2) / 127.5 - 1

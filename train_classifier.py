@@ -8,9 +8,10 @@ sd        Paper B: CE(g_bin, I) + (1 - I) CE(g_in, y) + I lam CE(g_out, y), I = 
 frozen    A network as it is, without training: SimCLR's of scan.pt, or any vision model that transformers loads
           (vit:ID, a hub id or a folder: ViT, DINOv2, CLIP ...).
 
-reads    train.npy with train.labels.npy (ce, dream), pseudo_labels.npy (sd; ce and dream without labels) or
-         id_labels.npy (dream-id); outliers.npy (dream), inliers.npy with inlier_labels.npy (dream-id), sd_outliers.npy
-         with sd_outliers.csv (sd), sd_reconstructions.npy (sd with --reconstructions), scan.pt (frozen)
+reads    train.npy with train.labels.npy (ce, dream; sd if Stable Diffusion made its outliers), pseudo_labels.npy (sd;
+         ce and dream without labels) or id_labels.npy (dream-id); outliers.npy (dream), inliers.npy with
+         inlier_labels.npy (dream-id), sd_outliers.npy with sd_outliers.csv (sd), sd_reconstructions.npy (sd with
+         --reconstructions), scan.pt (frozen)
 writes   classifier_{ce,dream,dream-id,sd,frozen}.pt: weights of f, heads and phi, and all that rebuilds them
 
 python train_classifier.py                                   # every method whose inputs are in --dir
@@ -360,9 +361,13 @@ def resume(stage, parts, args):
     now = {o: str(v) for o, v in given.items() if o not in free and not isinstance(v, Path)}
     state = {"config": now, "step": 0, "curve": torch.zeros(0, 2)}
     for file in sorted(args.dir.glob(CHECKPOINT.format("*"))):
-        held = torch.load(file, args.device if file == path else "cpu", weights_only=True, mmap=file != path)
-        for option in (option for option in now if now[option] != held["config"].get(option)):
-            change = f"--{option.replace('_', '-')} {held['config'].get(option)}, now {now[option]}"
+        try:
+            held = torch.load(file, args.device if file == path else "cpu", weights_only=True, mmap=file != path)
+            config = held["config"]
+        except Exception:  # torch, pickle and zipfile know many
+            fail(f"{file} is damaged; give --restart to delete it and begin anew")
+        for option in (option for option in now if now[option] != config.get(option)):
+            change = f"--{option.replace('_', '-')} {config.get(option)}, now {now[option]}"
             fail(f"{file} is of a run with {change}; go on with that, or give --restart to delete it and begin anew")
         if file == path:
             for name, part in parts.items():
@@ -421,6 +426,16 @@ def fit(stage, net, loss_of, batches, steps, optimizer, args, end=1.0, warmup=0,
             record(stage, state, parts, curve[: step + 1], steps, args)
             bar.set_postfix(loss=curve[step, 0].item(), left_out=(~curve[:, 1].isfinite()).sum().item())
             saved = time.monotonic()
+
+
+@torch.no_grad()
+def predict(net, images, args, batch=1024):
+    """Outputs (N, D) of net, which is in eval mode, for plain images, uint8: a tensor (N, 3, H, W), or the centre crops
+    of a memory map (N, H, W, 3)."""
+    parts = np.array_split(np.arange(len(images)), -(-len(images) // (batch if images.shape[1] == 3 else 64)))
+    views = fetch(images, parts.__getitem__, range(len(parts)), args, args.crop, share=False)
+    bar = tqdm(views, "features", len(parts), delay=1, leave=False, disable=ranks()[0] > 0)
+    return torch.cat([net(x.float() / 127.5 - 1).float() for _, x in bar])
 
 
 def augment(images, args):
@@ -573,15 +588,13 @@ def train(method, images, labels, other, other_labels, classes, args):
     size = min(args.batch_size, len(images)) // world * world
     sizes = {"id": size, "other": args.inlier_batch if method == "dream-id" and args.inlier_batch else size}
 
-    def batch(count, size, seed, name, step):
-        return batch_of(count, size, step, seed, name)
-
     def batches(steps):
         """(global batch, images), twice where there are others, which are cycled: ID data set the pace."""
         sources = {"id": images} if other is None else {"id": images, "other": other}
         for name, source in sources.items():
-            plan = functools.partial(batch, len(source), sizes[name], args.seed, name)
-            sources[name] = fetch(source, plan, steps, args, args.crop, key=(args.seed, name))
+            key, count = (args.seed, name), (len(source), sizes[name])
+            plan = lambda step, key=key, count=count: batch_of(*count, step, *key)  # noqa: E731
+            sources[name] = fetch(source, plan, steps, args, args.crop, key)
         return zip(*sources.values(), strict=True)
 
     def detection(own, more=None):
@@ -607,18 +620,6 @@ def train(method, images, labels, other, other_labels, classes, args):
     return net.eval()
 
 
-@torch.no_grad()
-def accuracy(net, images, labels, args):
-    """Share of images, as in fetch, or their centre crops, whose largest logit of g_in is that of the label (N,)."""
-    parts = np.array_split(np.arange(len(images)), -(-len(images) // (512 if images.shape[1] == 3 else 64)))
-    views = fetch(images, parts.__getitem__, range(len(parts)), args, args.crop, share=False)
-    hits = [
-        net(x.float() / 127.5 - 1)[1]["g_in"].argmax(1) == labels[index]
-        for index, x in tqdm(views, "accuracy", len(parts), delay=1)
-    ]
-    return torch.cat(hits).float().mean().item()
-
-
 INPUTS = {"ce": [], "dream": ["outliers.npy"], "dream-id": ["inliers.npy", "inlier_labels.npy", "id_labels.npy"]}
 INPUTS |= {"sd": ["sd_outliers.npy", "sd_outliers.csv"], "frozen": ["scan.pt"]}
 
@@ -630,7 +631,7 @@ def parse_args():
     parser.add_argument(
         "--labels",
         choices=("dataset", "pseudo"),
-        help="of ID images for ce and dream (default: dataset where there are any; sd always takes the pseudo-labels)",
+        help="of ID images for ce and dream (default: dataset where there are any); sd takes those of its outliers",
     )
     parser.add_argument(
         "--reconstructions",
@@ -660,18 +661,28 @@ def parse_args():
     return args
 
 
+def labels_file(method, args):
+    """The file with the labels of the ID images for a method, and the script that writes it."""
+    dataset, pseudo = args.dir / "train.labels.npy", args.dir / "pseudo_labels.npy"
+    of_data = args.labels == "dataset" or args.labels is None and dataset.exists()
+    if method == "dream-id":
+        return args.dir / "id_labels.npy", "train_text_encoder.py"
+    if method == "sd":  # those that its outliers were made with: the data set's if Stable Diffusion made them
+        try:
+            source, y = np.loadtxt(args.dir / "sd_outliers.csv", np.int64, delimiter=",", skiprows=1, usecols=(1, 2)).T
+            fits = [path for path in (pseudo, dataset) if path.exists() and (np.load(path)[source] == y).all()]
+        except (OSError, ValueError, IndexError, EOFError):  # what is missing or damaged is said where it is read
+            fits = []
+        of_data = fits == [dataset]
+    return (dataset, "the first script in an empty --dir") if of_data else (pseudo, "train_scan_diffusion.py")
+
+
 def load_training_data(method, args):
     """ID images (N, H, W, 3) and labels (N,), the same of outliers or inliers (or None, None), and whose labels."""
     images = load_array(args.dir / "train.npy", (None, None, None, 3), np.uint8, "train_scan_diffusion.py")
-    dataset, pseudo = args.dir / "train.labels.npy", args.dir / "pseudo_labels.npy"
-    of_data = method in ("ce", "dream") and args.labels != "pseudo" and (args.labels or dataset.exists())
-    if of_data or method == "sd" and made_for(args.dir, dataset) and not made_for(args.dir, pseudo):
-        source, writer = dataset, "the first script in an empty --dir"
-    else:
-        source = args.dir / "id_labels.npy" if method == "dream-id" else pseudo
-        writer = "train_text_encoder.py" if method == "dream-id" else "train_scan_diffusion.py"
-    labels, other, other_labels = load_array(source, images.shape[:1], np.int64, writer), None, None
-    shape = (None, *images.shape[1:])
+    (path, writer), dataset, shape = labels_file(method, args), args.dir / "train.labels.npy", (None, *images.shape[1:])
+    labels, other, other_labels = load_array(path, images.shape[:1], np.int64, writer), None, None
+    true = dataset.exists() and np.array_equal(labels, load_array(dataset, (None,), np.int64, writer))
     if method == "dream":
         other = load_array(args.dir / "outliers.npy", shape, np.uint8, "sample_outliers.py")
         other_labels = np.zeros(len(other), np.int64)  # not used by the loss
@@ -685,23 +696,10 @@ def load_training_data(method, args):
             fail(f"--reconstructions takes {2 * images.nbytes / 2**30:.0f} GiB of memory; it is for smaller images", 2)
         if args.reconstructions:
             copies, copy_labels = load_sd_images(args.dir / "sd_reconstructions.npy", images, labels)
-            images, labels = (
-                np.concatenate([images, in_format_of(images, copies)]),
-                np.concatenate([labels, copy_labels]),
-            )
+            labels = np.concatenate([labels, copy_labels])
+            images = np.concatenate([images, in_format_of(images, copies)])
     other = None if other is None else in_format_of(images, other)
-    true = source == dataset or dataset.exists() and np.array_equal(np.load(source), np.load(dataset))
     return images, labels, other, other_labels, "dataset" if true else "pseudo"
-
-
-def made_for(folder, path):
-    """Whether the labels (N,) in path are those that sd_outliers.csv gives its sources; with Stable Diffusion they are
-    the data set's, not the pseudo-labels."""
-    try:
-        source, y = np.loadtxt(folder / "sd_outliers.csv", np.int64, delimiter=",", skiprows=1, usecols=(1, 2)).T
-        return bool((np.load(path)[source] == y).all())
-    except (OSError, ValueError, IndexError):  # what is missing or damaged is said where it is read
-        return False
 
 
 def load_sd_images(path, images, labels):
@@ -751,12 +749,11 @@ def main():
         net = train(method, x, y, more, more_y, classes, own[method])
         config = {option: value for option, value in vars(own[method]).items() if option not in ("dir", "given")}
         config |= {"method": method, "classes": classes, "whose_labels": whose, "image_size": images.shape[1]}
-        content = {"model": net.state_dict(), "config": config, "digest": data.get("digest")}
         if ranks()[0] == 0:
+            hits = predict(lambda x, net=net: net(x)[1]["g_in"], x, args, batch=512).argmax(1) == y
+            content = {"model": net.state_dict(), "config": config, "digest": data.get("digest")}
             save(args.dir / f"classifier_{method}.pt", content)
-        print(
-            f"{method}: training accuracy {accuracy(net, x, y, args):.3f}; wrote classifier_{method}.pt to {args.dir}"
-        )
+            print(f"{method}: training accuracy {hits.float().mean():.3f}; wrote classifier_{method}.pt to {args.dir}")
     for path in args.dir.glob(CHECKPOINT.format("*")) if ranks()[0] == 0 else ():
         path.unlink()
     print(f"next: python evaluate.py --dir {args.dir}")

@@ -5,7 +5,8 @@ t), the label at times dropped for classifier-free guidance. --labels dataset sk
 
 reads    the ID data set (--data), or the arrays that are in --dir already
 writes   data.json, {train,test}.npy (N, H, W, 3) uint8, {train,test}.labels.npy (N,) int64 if known; scan.pt,
-         {,test_}pseudo_labels.npy (N,) int64, pseudo_confidence.npy (N,) float32; diffusion/, diffusion_{samples,log}
+         {,test_}pseudo_labels.npy (N,) int64, pseudo_confidence.npy (N,) float32; diffusion/, diffusion_samples.png;
+         <stage>_log.jsonl, the losses of every stage
 
 python train_scan_diffusion.py                                          # digits 0-5: ACC 0.99, 3 minutes on two cores
 python train_scan_diffusion.py --data data/cifar10 --dir runs/cifar10   # published recipe, one GPU; --labels dataset
@@ -209,15 +210,18 @@ def read_picture(source, size):
         raise ValueError(f"{source} cannot be read as a picture ({error}); mend it or remove it") from error
 
 
+def make_room(path, shape):
+    """Map of a new .npy of uint8 images to be filled, if the disk has room: a full one under a map is a bus error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(path.parent).free < math.prod(shape):
+        fail(f"the images take {math.prod(shape) / 2**30:.1f} GiB, more than is free in {path.parent}; make room")
+    return np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+
+
 def read_pictures(pictures, size, path, title):
     """Pictures -> (N, size, size, 3) uint8, in threads; above 64 px as a map of the new file `path`, if any."""
-    shape, images = (len(pictures), size, size, 3), None
-    if path and size > 64:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(path.parent).free < math.prod(shape):  # a full disk under a map is a bus error
-            fail(f"{title} takes {math.prod(shape) / 2**30:.1f} GiB, more than is free in {path.parent}; make room")
-        images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-    images = np.empty(shape, np.uint8) if images is None else images
+    shape = len(pictures), size, size, 3
+    images = make_room(path, shape) if path and size > 64 else np.empty(shape, np.uint8)
 
     def fill(rows):
         for i in rows:
@@ -336,9 +340,7 @@ def store_id_data(args):
         images, labels, names[split] = read_images(args.data, split, args.image_size, args.data_root, path)
         arrays |= {split: images, f"{split}.labels": labels}
         seen[split] = set() if labels is None else {*labels.tolist()}
-        for i in tqdm(
-            range(0, len(images), 256), f"reading {split}", delay=1
-        ):  # there may be more than the memory holds
+        for i in tqdm(range(0, len(images), 256), f"reading {split}", delay=1):  # more than the memory may hold
             digest.update(rows := np.ascontiguousarray(images[i : i + 256]))
             grey = grey and bool((rows == rows[..., :1]).all())
     if bool(seen["train"]) != bool(seen["test"]):
@@ -627,9 +629,13 @@ def resume(stage, parts, args):
     now = {o: str(v) for o, v in given.items() if o not in free and not isinstance(v, Path)}
     state = {"config": now, "step": 0, "curve": torch.zeros(0, 2)}
     for file in sorted(args.dir.glob(CHECKPOINT.format("*"))):
-        held = torch.load(file, args.device if file == path else "cpu", weights_only=True, mmap=file != path)
-        for option in (option for option in now if now[option] != held["config"].get(option)):
-            change = f"--{option.replace('_', '-')} {held['config'].get(option)}, now {now[option]}"
+        try:
+            held = torch.load(file, args.device if file == path else "cpu", weights_only=True, mmap=file != path)
+            config = held["config"]
+        except Exception:  # torch, pickle and zipfile know many
+            fail(f"{file} is damaged; give --restart to delete it and begin anew")
+        for option in (option for option in now if now[option] != config.get(option)):
+            change = f"--{option.replace('_', '-')} {config.get(option)}, now {now[option]}"
             fail(f"{file} is of a run with {change}; go on with that, or give --restart to delete it and begin anew")
         if file == path:
             for name, part in parts.items():
@@ -690,6 +696,16 @@ def fit(stage, net, loss_of, batches, steps, optimizer, args, end=1.0, warmup=0,
             saved = time.monotonic()
 
 
+@torch.no_grad()
+def predict(net, images, args, batch=1024):
+    """Outputs (N, D) of net, which is in eval mode, for plain images, uint8: a tensor (N, 3, H, W), or the centre crops
+    of a memory map (N, H, W, 3)."""
+    parts = np.array_split(np.arange(len(images)), -(-len(images) // (batch if images.shape[1] == 3 else 64)))
+    views = fetch(images, parts.__getitem__, range(len(parts)), args, args.crop, share=False)
+    bar = tqdm(views, "features", len(parts), delay=1, leave=False, disable=ranks()[0] > 0)
+    return torch.cat([net(x.float() / 127.5 - 1).float() for _, x in bar])
+
+
 def view(images, augment="none", strong=False):
     """(B, 3, H, W) uint8 -> float in [-1, 1]: plain, SimCLR's view or SCAN's strong one."""
     x = images.to(torch.float32, copy=True).div_(255)
@@ -736,15 +752,6 @@ def selflabel_loss(logits, strong_logits, confidence):
     return F.cross_entropy(strong_logits[mask], label[mask], weight=mask.sum() / count) if count.all() else None
 
 
-@torch.no_grad()
-def predict(net, images, args):
-    """Eval-mode outputs (N, D) of net for plain images: uint8, a tensor (N, 3, H, W) or a memory map (N, H, W, 3)."""
-    net.eval()
-    parts = np.array_split(np.arange(len(images)), -(-len(images) // (1024 if images.shape[1] == 3 else 64)))
-    views = fetch(images, parts.__getitem__, range(len(parts)), args, args.crop, share=False)
-    return torch.cat([net(view(x)).float() for _, x in tqdm(views, "features", len(parts), delay=1, leave=False)])
-
-
 def report(stage, assigned, labels, clusters):
     """Print cluster sizes and, where labels are known, ACC (Hungarian), NMI and ARI."""
     quality = ""
@@ -764,6 +771,7 @@ def train_scan(images, labels, clusters, args):
         batch_at = lambda step: plan(batch_of(len(images), size, step, args.seed, stage), step)  # noqa: E731
         batches = functools.partial(fetch, images, batch_at, args=args, size=args.crop)
         fit(stage, net, loss_of, batches, epochs * len(images) // size, optimizer, args, end)
+        net.eval()
 
     kmeans = KMeans(clusters, n_init=10, random_state=args.seed % 2**32)
     if isinstance(images, torch.Tensor):
@@ -808,6 +816,8 @@ def train_scan(images, labels, clusters, args):
         partners = logits[torch.from_numpy(neighbours.flatten()).to(logits.device)]
         loss = scan_loss(logits.repeat_interleave(args.K, 0), partners, args.lambda_e).item()
         trials.append((loss, start, net))
+        if args.starts > 1:
+            report(f"  start {start}, loss {loss:.3f}", logits.argmax(1).cpu().numpy(), labels, clusters)
     net = min(trials)[2]
     report("3 SCAN loss", predict(net, images, args).argmax(1).cpu().numpy(), labels, clusters)
     # 4. The strong view learns the label that the network is sure of on the plain image.

@@ -189,15 +189,18 @@ def read_picture(source, size):
         raise ValueError(f"{source} cannot be read as a picture ({error}); mend it or remove it") from error
 
 
+def make_room(path, shape):
+    """Map of a new .npy of uint8 images to be filled, if the disk has room: a full one under a map is a bus error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(path.parent).free < math.prod(shape):
+        fail(f"the images take {math.prod(shape) / 2**30:.1f} GiB, more than is free in {path.parent}; make room")
+    return np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+
+
 def read_pictures(pictures, size, path, title):
     """Pictures -> (N, size, size, 3) uint8, in threads; above 64 px as a map of the new file `path`, if any."""
-    shape, images = (len(pictures), size, size, 3), None
-    if path and size > 64:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(path.parent).free < math.prod(shape):  # a full disk under a map is a bus error
-            fail(f"{title} takes {math.prod(shape) / 2**30:.1f} GiB, more than is free in {path.parent}; make room")
-        images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-    images = np.empty(shape, np.uint8) if images is None else images
+    shape = len(pictures), size, size, 3
+    images = make_room(path, shape) if path and size > 64 else np.empty(shape, np.uint8)
 
     def fill(rows):
         for i in rows:
@@ -316,9 +319,7 @@ def store_id_data(args):
         images, labels, names[split] = read_images(args.data, split, args.image_size, args.data_root, path)
         arrays |= {split: images, f"{split}.labels": labels}
         seen[split] = set() if labels is None else {*labels.tolist()}
-        for i in tqdm(
-            range(0, len(images), 256), f"reading {split}", delay=1
-        ):  # there may be more than the memory holds
+        for i in tqdm(range(0, len(images), 256), f"reading {split}", delay=1):  # more than the memory may hold
             digest.update(rows := np.ascontiguousarray(images[i : i + 256]))
             grey = grey and bool((rows == rows[..., :1]).all())
     if bool(seen["train"]) != bool(seen["test"]):
@@ -520,9 +521,13 @@ def resume(stage, parts, args):
     now = {o: str(v) for o, v in given.items() if o not in free and not isinstance(v, Path)}
     state = {"config": now, "step": 0, "curve": torch.zeros(0, 2)}
     for file in sorted(args.dir.glob(CHECKPOINT.format("*"))):
-        held = torch.load(file, args.device if file == path else "cpu", weights_only=True, mmap=file != path)
-        for option in (option for option in now if now[option] != held["config"].get(option)):
-            change = f"--{option.replace('_', '-')} {held['config'].get(option)}, now {now[option]}"
+        try:
+            held = torch.load(file, args.device if file == path else "cpu", weights_only=True, mmap=file != path)
+            config = held["config"]
+        except Exception:  # torch, pickle and zipfile know many
+            fail(f"{file} is damaged; give --restart to delete it and begin anew")
+        for option in (option for option in now if now[option] != config.get(option)):
+            change = f"--{option.replace('_', '-')} {config.get(option)}, now {now[option]}"
             fail(f"{file} is of a run with {change}; go on with that, or give --restart to delete it and begin anew")
         if file == path:
             for name, part in parts.items():
@@ -583,6 +588,16 @@ def fit(stage, net, loss_of, batches, steps, optimizer, args, end=1.0, warmup=0,
             saved = time.monotonic()
 
 
+@torch.no_grad()
+def predict(net, images, args, batch=1024):
+    """Outputs (N, D) of net, which is in eval mode, for plain images, uint8: a tensor (N, 3, H, W), or the centre crops
+    of a memory map (N, H, W, 3)."""
+    parts = np.array_split(np.arange(len(images)), -(-len(images) // (batch if images.shape[1] == 3 else 64)))
+    views = fetch(images, parts.__getitem__, range(len(parts)), args, args.crop, share=False)
+    bar = tqdm(views, "features", len(parts), delay=1, leave=False, disable=ranks()[0] > 0)
+    return torch.cat([net(x.float() / 127.5 - 1).float() for _, x in bar])
+
+
 def augment(images, args):
     """Training view of images (B, 3, H, W) uint8 -> float in [-1, 1], on the device, each image by its own draw.
 
@@ -605,15 +620,16 @@ def load_anchors(folder):
     """Gamma (C, d) float32: the class-embedding table of a diffusion model, without the null class (its last row)."""
     if not (folder / "unet" / "config.json").exists():
         fail(f"{folder} holds no diffusion model; run train_scan_diffusion.py, or give --diffusion")
+    notes = folder / "training.json"
     try:
         unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
-    except Exception as error:  # diffusers and safetensors know many
+        t_max = json.loads(notes.read_text())["t_max"] if notes.exists() else 1000
+    except Exception as error:  # diffusers, safetensors and json know many
         fail(f"{folder} does not load ({str(error).splitlines()[0]}); run train_scan_diffusion.py again")
     if not unet.config.num_class_embeds:
         fail(f"the diffusion model in {folder} knows no classes; train it with train_scan_diffusion.py")
-    notes = folder / "training.json"
-    if notes.exists() and '"t_max": 1000' not in notes.read_text():
-        print("note: this model knows t < t_max alone; sample_outliers.py needs one trained with --t-max 1000")
+    if t_max < 1000:
+        print(f"note: this model knows t < {t_max} alone; sample_outliers.py needs one trained with --t-max 1000")
     return unet.class_embedding.weight[:-1].detach().clone()
 
 
@@ -701,14 +717,6 @@ def train_encoder(images, labels, Gamma, args):
     return h.eval()
 
 
-@torch.no_grad()
-def embed(h, images, args):
-    """z = h(x) for all images as they are, or their centre crop: (N, d) float32, not normalised."""
-    parts = np.array_split(np.arange(len(images)), -(-len(images) // (1024 if images.shape[1] == 3 else 64)))
-    views = fetch(images, parts.__getitem__, range(len(parts)), args, args.crop, share=False)
-    return torch.cat([h(x.float() / 127.5 - 1) for _, x in tqdm(views, "embeddings", len(parts), delay=1)])
-
-
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/digits"), help="shared directory (default: %(default)s)")
@@ -770,7 +778,7 @@ def main():
     args.inputs = f"{data['digest']}-{zlib.crc32(Gamma.cpu().numpy().tobytes() + labels['train'].tobytes()):08x}"
     y = {split: torch.from_numpy(np.array(labels[split])).to(args.device) for split in labels}
     h = train_encoder(images["train"], y["train"], Gamma, args)
-    z = {split: embed(h, images[split], args) for split in images}
+    z = {split: predict(h, images[split], args) for split in images}
     for split in z:
         accuracy = (cosine_logits(z[split], Gamma, args.t).argmax(1) == y[split]).float().mean().item()
         print(f"accuracy by nearest anchor, {split}: {accuracy:.3f} (n = {len(z[split])})")

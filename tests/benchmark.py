@@ -1,7 +1,7 @@
 """Measurements that the README quotes; nothing here is asserted.
 
 python tests/benchmark.py seeds      # the six scripts for seeds 0, 1, 2, then the table of means and deviations
-python tests/benchmark.py study      # four classes of CIFAR-10 at 16 px, seeds 0, 1, 2, on a CPU; --data: arrays
+python tests/benchmark.py study      # four classes of CIFAR-10 at 16 px on a CPU: --data FOLDER --dir runs/study
 python tests/benchmark.py table      # that table again from the results in --dir
 python tests/benchmark.py figures    # the README's pictures from the run of seed 0 in --dir
 python tests/benchmark.py format     # SD detectors that see the outliers raw: do grey levels give copies away?
@@ -215,15 +215,20 @@ def steps():
             print(f"std {std}, S = {S}: evenly spaced {errors[0]:.2f} %, quadratic {errors[1]:.2f} %")
 
 
-def race(ways, rounds):
-    """Time the ways in turn, so that all meet the same load; ratios to the first: median over rounds, and of least."""
+def in_turn(ways, rounds, clock=time.perf_counter):
+    """Seconds of every way, {name: (rounds,)}, called in turn, so that all meet the same load; a first round warms up."""
     seconds = {name: [] for name in ways}
-    for _ in range(rounds + 1):  # the first round warms up
+    for _ in range(rounds + 1):
         for name, way in ways.items():
-            start = time.perf_counter()
+            start = clock()
             way()
-            seconds[name].append(time.perf_counter() - start)
-    seconds = {name: np.array(times[1:]) for name, times in seconds.items()}
+            seconds[name].append(clock() - start)
+    return {name: np.array(times[1:]) for name, times in seconds.items()}
+
+
+def race(ways, rounds):
+    """Time the ways and print their ratios to the first: median over rounds, and of the least times."""
+    seconds = in_turn(ways, rounds)
     for name, times in seconds.items():
         first = seconds[next(iter(ways))]
         ratio, least = np.median(times / first), min(times) / min(first)
@@ -367,25 +372,16 @@ def stable_diffusion():
                         options = {"num_inference_steps": steps, "guidance_scale": 7.5, "output_type": "pt"}
                         return pipe([prompt] * batch, generator=seeds, **options).images.cpu()
 
-                    rates = [batch / np.median(seconds) for seconds in in_turn([ours, stock], 2 if gpu else 4)]
+                    ways, clock = {"ours": ours, "stock": stock}, time.perf_counter if gpu else time.process_time
+                    rates = [batch / np.median(times) for times in in_turn(ways, 2 if gpu else 4, clock).values()]
                     first = first or rates[1]
                     cells = f"{rates[0]:.2f} | {rates[1]:.2f} | {rates[0] / rates[1]:.2f} | {rates[0] / first:.1f}"
                     print(f"| {dtype} | {solver} {steps} | {batch} | {cells} |", flush=True)
 
 
-def in_turn(ways, rounds):
-    """Seconds of every way, called in turn, of CPU time where is no GPU; the first round warms up."""
-    seconds, clock = [[] for _ in ways], time.perf_counter if torch.cuda.is_available() else time.process_time
-    for _ in range(rounds + 1):
-        for times, way in zip(seconds, ways, strict=True):
-            start = clock()
-            way()
-            times.append(clock() - start)
-    return [times[1:] for times in seconds]
-
-
 MEMORY = """
-import resource, sys
+import resource
+
 import torch
 import sample_outliers
 

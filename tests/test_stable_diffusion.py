@@ -377,6 +377,11 @@ def test_jobs_open_resume_and_refuse(tmp_path, capsys):
     assert json.loads((tmp_path / "x.json").read_text()) == settings
     work(settings)
     assert len(made) == 7 and "complete for these settings" in capsys.readouterr().out
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(SystemExit):
+        work(settings)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "x.json beside it is damaged; give --restart" in line
     work(settings, restart=True)
     assert len(made) == 12 and began == [1, 1]
     work(settings | {"seed": 1})  # finished work of other settings is replaced
@@ -472,7 +477,7 @@ def test_anchors_of_another_checkpoint_stop(stops, inputs, tiny_sd):
 def test_wrong_options_with_stable_diffusion(stops, tiny_sd, tmp_path):
     assert "multiple of 4" in stops("sample_outliers", "--diffusion", tiny_sd, *SMALL, "--resolution", 18)
     assert "same prompt" in stops("sample_sd_outliers", "--diffusion", tiny_sd, "--prompt", "a photo")
-    assert "--S below 1000" in stops("sample_sd_outliers", "--diffusion", tiny_sd, "--S", 1000)
+    assert "must be below 1000" in stops("sample_sd_outliers", "--diffusion", tiny_sd, "--S", 1000)
     (tmp_path / "two.txt").write_text("zero\none\n")
     arguments = "--diffusion", tiny_sd, "--class-words", tmp_path / "two.txt"
     assert "has 2 lines, digits:0-2 3 classes" in stops("train_text_encoder", *arguments)

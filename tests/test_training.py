@@ -223,6 +223,17 @@ def test_other_options_are_refused_until_restart(main, load, monkeypatch, tmp_pa
     assert "going on" not in capfd.readouterr().out and len(losses(tmp_path, "diffusion")) == 4
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a file"])
+def test_a_damaged_checkpoint_is_one_clear_line(main, tmp_path, capfd, content):
+    (tmp_path / ".checkpoint.train_scan_diffusion.diffusion.pt").write_bytes(content)
+    with pytest.raises(SystemExit) as end:
+        main("train_scan_diffusion", "--dir", tmp_path, *SMALL)
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert end.value.code and "diffusion.pt is damaged" in last and "--restart" in last
+    main("train_scan_diffusion", "--dir", tmp_path, *SMALL, "--restart")
+    assert len(losses(tmp_path, "diffusion")) == 4
+
+
 def test_other_data_are_refused(main, load, monkeypatch, tmp_path, capfd):
     for folder, digits in (("a", "digits:0-1"), ("b", "digits:2-3")):
         stopped(main, load, tmp_path / folder, monkeypatch, "--data", digits)
@@ -364,5 +375,5 @@ def test_classifier_and_encoder_learn_from_a_memory_map(main, large, tmp_path, c
     args, y = argparse.Namespace(**recipe | more), torch.arange(24) % 2
     Gamma = torch.eye(2, 8)
     h = train_text_encoder.train_encoder(large, y, Gamma, args)
-    z = train_text_encoder.embed(h, large, args)
+    z = train_text_encoder.predict(h, large, args)
     assert (train_text_encoder.cosine_logits(z, Gamma, 0.1).argmax(1) == y).all()

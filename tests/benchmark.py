@@ -216,7 +216,7 @@ def steps():
 
 
 def in_turn(ways, rounds, clock=time.perf_counter):
-    """Seconds of every way, {name: (rounds,)}, called in turn, so that all meet the same load; a first round warms up."""
+    """Seconds of every way, {name: (rounds,)}, in turn, so that all meet the same load; a first round warms up."""
     seconds = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, way in ways.items():

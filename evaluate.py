@@ -1,8 +1,8 @@
 """Scores, metrics, tables and pictures for the classifiers in the shared directory, or for anybody's scores.
 
 Paper A: energy, phi; beside them msp, maxlogit, knn (Sun et al., 2022), mahalanobis (Lee et al., 2018) and
-relative-mahalanobis (Ren et al., 2021). Paper B, x_d near x in D_in,
-x_v in D_in and D_out, 1 : 1: Score(x) = sum_{i<=k} |f(x) - f(x_d^i)|^2 + alpha sum_{i<=k} 1[I(x_v^i) = 1].
+relative-mahalanobis (Ren et al., 2021). Paper B, with x_d near x in D_in, x_v in D_in and D_out at 1 : 1:
+Score(x) = sum_{i<=k} |f(x) - f(x_d^i)|^2 + alpha sum_{i<=k} 1[I(x_v^i) = 1].
 Every score is an OOD score: higher is more OOD; "score > threshold is OOD" reproduces fpr95.
 
 reads    classifier_*.pt, train.npy, test.npy (N, H, W, 3) uint8, OOD sets; where there: sd_outliers.npy and .csv,

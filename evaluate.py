@@ -44,7 +44,7 @@ RECIPES = {  # option: help, value per recipe
     "seed": ("seed of bootstrap and t-SNE, 0 for the first run", 0, 0, 0, 0, 0),
     "batch_size": ("images per forward pass", 512, 512, 512, 128, 512),
     "k": ("sd: neighbours that are summed, k of paper B", 2, 2, 2, 2, 2),
-    "knn_k": ("knn: the score is the distance to this neighbour", 10, 50, 50, 50, 50),
+    "knn_k": ("knn: the score is the distance to this neighbour; ours", 10, 50, 50, 50, 50),
 }
 MAIN_SCORE = {"ce": "msp", "dream": "energy", "dream-id": "msp", "sd": "distance+voting"}  # in plots
 MAIN_SCORE |= {"frozen": "knn", "scores": "given"}
@@ -81,8 +81,10 @@ def parse_recipe(parser):
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     args.device = args.device or devices[0]
     name = args.recipe or Path(args.data.split(":")[0]).stem
-    if name not in columns or args.device.split(":")[0] not in devices:
-        fail(f"no recipe for the data set '{name}' (--recipe {'|'.join(columns)}), or no --device {args.device}", 2)
+    if name not in columns:
+        fail(f"no recipe for the data set '{name}'; give --recipe {'|'.join(columns)}", 2)
+    if args.device.split(":")[0] not in devices:
+        fail(f"there is no --device {args.device} here; give {', '.join(devices)}", 2)
     for option, (text, *values) in RECIPES.items():
         given, least = getattr(args, option), "at least" if "0 for" in text else "above"
         setattr(args, option, value := values[columns.index(name)] if given is None else given)
@@ -197,7 +199,7 @@ def torchvision_set(name, split, root):
     options, present = [{"split": part}], False
     if name.startswith("cifar") or name.endswith("mnist"):
         options = [{"train": part == "train"}]
-    elif name == "textures":  # both papers use every texture as OOD
+    elif name == "textures":  # paper A uses every texture as OOD
         options = [
             {"split": s} for s in {"train": ["train", "val"], "ood": ["train", "val", "test"]}.get(split, ["test"])
         ]

@@ -45,7 +45,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-RECIPES = {  # option: help, values. cifar100, imagenet100: as released but for resizing; cifar10: as cifar100
+RECIPES = {  # option: help, values
+    # cifar100, imagenet100: as released but for resizing, balance and per_embedding. cifar10, not in paper A: sampled
+    # as cifar100, decoded by our own model; for Stable Diffusion give --guidance 7.5 --scheduler pndm --steps 50.
     "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100", "imagenet100", "cifar10-30min"),
     "seed": ("seed of every random number, 0 for the first run", 0, 0, 0, 0, 0),
     "K": ("d_K is the distance to the K-th neighbour of the class, itself counted", 40, 300, 300, 300, 300),
@@ -62,7 +64,7 @@ RECIPES = {  # option: help, values. cifar100, imagenet100: as released but for 
     "scheduler": ("solver: pndm|dpmpp|unipc|ddim ; pndm is PLMS", "dpmpp", "dpmpp", "pndm", "pndm", "dpmpp"),
     "steps": ("steps of the solver; 20 do for dpmpp", 20, 20, 50, 50, 20),
     "resolution": ("Stable Diffusion: px of the images made, 0 for those it was trained on", 0, 0, 0, 0, 0),
-    "save_size": ("px of the images saved, 0 for those of train.npy", 0, 0, 0, 0, 0),
+    "save_size": ("px of the images saved, 0 for those of train.npy, which classifiers want", 0, 0, 0, 0, 0),
     "resize": ("filter: area|bilinear|nearest|lanczos ; bilinear has no antialias", *["area"] * 3, "bilinear", "area"),
     "dtype": ("Stable Diffusion: auto|fp32|fp16|bf16 ; auto is fp16 on a GPU, else fp32", *["auto"] * 5),
     "batch_size": ("images decoded at a time, per process", 256, 256, 32, 32, 1000),
@@ -90,8 +92,10 @@ def parse_recipe(parser):
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     args.device = args.device or devices[0]
     name = args.recipe or Path(args.data.split(":")[0]).stem
-    if name not in columns or args.device.split(":")[0] not in devices:
-        fail(f"no recipe for the data set '{name}' (--recipe {'|'.join(columns)}), or no --device {args.device}", 2)
+    if name not in columns:
+        fail(f"no recipe for the data set '{name}'; give --recipe {'|'.join(columns)}", 2)
+    if args.device.split(":")[0] not in devices:
+        fail(f"there is no --device {args.device} here; give {', '.join(devices)}", 2)
     for option, (text, *values) in RECIPES.items():
         given, least = getattr(args, option), "at least" if "0 for" in text else "above"
         setattr(args, option, value := values[columns.index(name)] if given is None else given)
@@ -501,6 +505,12 @@ def text_decoder(args, Gamma):
     return decode, sd.side
 
 
+def print_next(args, *commands):
+    """Print what can be run now, with --dir and the recipe where the data set's name does not pick it."""
+    recipe = f" --recipe {args.recipe}" * (Path(args.data.split(":")[0]).stem != args.recipe)
+    print("next:", ", or ".join(f"python {command} --dir {args.dir}{recipe}" for command in commands))
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/digits"), help="shared directory (default: %(default)s)")
@@ -511,7 +521,7 @@ def parse_args():
     parser.add_argument("--selection", choices=("knn", "official", "random"), default="knn", help=text)
     parser.add_argument("--inliers", action="store_true", help="DREAM-ID: sample inliers, to inliers.npy")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then faster")
-    parser.add_argument("--restart", action="store_true", help="drop what an earlier run left in --dir")
+    parser.add_argument("--restart", action="store_true", help="make these images anew, finished or not")
     parser.add_argument("--device", help="torch device (default: cuda, mps or cpu)")
     if int(os.environ.get("RANK", 0)):
         sys.stdout = open(os.devnull, "w")  # of several processes the first one speaks
@@ -618,7 +628,8 @@ def main():
     if rank == 0:
         close_job(args.dir, f"{name}s", files, lambda: contact_sheet(args.dir, name, images))
         print(f"wrote {args.dir / name}s.npy, .csv, .json and a contact sheet {name}s.png (first column: the source)")
-        print(f"next: python sample_sd_outliers.py --dir {args.dir}, or python train_classifier.py --dir {args.dir}")
+        more = f" --diffusion {args.diffusion}" * is_stable_diffusion(args.diffusion)
+        print_next(args, "sample_sd_outliers.py" + more, "train_classifier.py")
 
 
 if __name__ == "__main__":

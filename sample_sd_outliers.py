@@ -15,7 +15,7 @@ writes   sd_outliers.npy (N, H, W, 3) uint8, sd_outliers.csv (index, source, y, 
          settings), sd_outliers.png (the source above, its outlier below, with y~ -> c_r); the names end in _test with
          --split test; sd_reconstructions with --reconstruct, which denoises under c_r := y~
 
-python sample_sd_outliers.py                                # digits 0-5: 870 outliers, seconds on two cores
+python sample_sd_outliers.py                                # digits 0-5: 869 outliers, seconds on two cores
 python sample_sd_outliers.py --split test                   # an OOD test set made of test images
 python sample_sd_outliers.py --split test --reconstruct     # does a detector see meaning, or that it was generated?
 python sample_sd_outliers.py --dir runs/cifar100 --diffusion CompVis/stable-diffusion-v1-4
@@ -50,7 +50,7 @@ RECIPES = {  # option: help, value per recipe. cifar10: S and w as published; th
     "seed": ("seed of every random number, 0 for the first run", 0, 0, 0, 0, 0),
     "S": ("start step of the T = 1000 steps; what counts is the std of the noise, printed", 150, 100, 100, 100, 100),
     "w": ("guidance weight, 0 for none; diffusers' scale is 1 + w", 2.0, 2.0, 2.0, 2.0, 2.0),
-    "steps": ("dpmpp: steps from S to 0", 20, 20, 20, 20, 10),
+    "steps": ("dpmpp: steps from S to 0, at most", 20, 20, 20, 20, 10),
     "resolution": ("Stable Diffusion: px at which it works, 0 for those it was trained on", 0, 0, 0, 0, 0),
     "resize": ("filter back to the size of train.npy: area|bilinear|nearest|lanczos", *["area"] * 5),
     "dtype": ("Stable Diffusion: auto|fp32|fp16|bf16 ; auto is fp16 on a GPU, else fp32", *["auto"] * 5),
@@ -78,8 +78,10 @@ def parse_recipe(parser):
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     args.device = args.device or devices[0]
     name = args.recipe or Path(args.data.split(":")[0]).stem
-    if name not in columns or args.device.split(":")[0] not in devices:
-        fail(f"no recipe for the data set '{name}' (--recipe {'|'.join(columns)}), or no --device {args.device}", 2)
+    if name not in columns:
+        fail(f"no recipe for the data set '{name}'; give --recipe {'|'.join(columns)}", 2)
+    if args.device.split(":")[0] not in devices:
+        fail(f"there is no --device {args.device} here; give {', '.join(devices)}", 2)
     for option, (text, *values) in RECIPES.items():
         given, least = getattr(args, option), "at least" if "0 for" in text else "above"
         setattr(args, option, value := values[columns.index(name)] if given is None else given)
@@ -437,6 +439,12 @@ def captioned_sheet(path, images, y, c_r, columns=12):
     os.replace(temporary, path)
 
 
+def print_next(args, *commands):
+    """Print what can be run now, with --dir and the recipe where the data set's name does not pick it."""
+    recipe = f" --recipe {args.recipe}" * (Path(args.data.split(":")[0]).stem != args.recipe)
+    print("next:", ", or ".join(f"python {command} --dir {args.dir}{recipe}" for command in commands))
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/digits"), help="shared directory (default: %(default)s)")
@@ -452,7 +460,7 @@ def parse_args():
     text = "dpmpp: DPM-Solver++ 2M in --steps steps; ddpm: ancestral, S + 1 steps (default: %(default)s)"
     parser.add_argument("--sampler", choices=("dpmpp", "ddpm"), default="dpmpp", help=text)
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then faster")
-    parser.add_argument("--restart", action="store_true", help="drop what an earlier run left in --dir")
+    parser.add_argument("--restart", action="store_true", help="make these images anew, finished or not")
     parser.add_argument("--device", help="torch device (default: cuda, mps or cpu)")
     if int(os.environ.get("RANK", 0)):
         sys.stdout = open(os.devnull, "w")  # of several processes the first one speaks
@@ -509,7 +517,7 @@ def main():
         draw = lambda: captioned_sheet(args.dir / f"{stem}.png", images, y, c_r)  # noqa: E731
         close_job(args.dir, stem, [f"{stem}.csv", f"{stem}.npy"], draw)
         print(f"wrote {len(images)} images to {args.dir / stem}.npy, .csv, .json and a contact sheet {stem}.png")
-        print(f"next: python train_classifier.py --dir {args.dir}")
+        print_next(args, "train_classifier.py")
 
 
 if __name__ == "__main__":

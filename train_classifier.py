@@ -105,8 +105,10 @@ def parse_recipe(parser):
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     args.device = args.device or devices[0]
     name = args.recipe or Path(args.data.split(":")[0]).stem
-    if name not in columns or args.device.split(":")[0] not in devices:
-        fail(f"no recipe for the data set '{name}' (--recipe {'|'.join(columns)}), or no --device {args.device}", 2)
+    if name not in columns:
+        fail(f"no recipe for the data set '{name}'; give --recipe {'|'.join(columns)}", 2)
+    if args.device.split(":")[0] not in devices:
+        fail(f"there is no --device {args.device} here; give {', '.join(devices)}", 2)
     for option, (text, *values) in RECIPES.items():
         given, least = getattr(args, option), "at least" if "0 for" in text else "above"
         setattr(args, option, value := values[columns.index(name)] if given is None else given)
@@ -624,6 +626,12 @@ INPUTS = {"ce": [], "dream": ["outliers.npy"], "dream-id": ["inliers.npy", "inli
 INPUTS |= {"sd": ["sd_outliers.npy", "sd_outliers.csv"], "frozen": ["scan.pt"]}
 
 
+def print_next(args, *commands):
+    """Print what can be run now, with --dir and the recipe where the data set's name does not pick it."""
+    recipe = f" --recipe {args.recipe}" * (Path(args.data.split(":")[0]).stem != args.recipe)
+    print("next:", ", or ".join(f"python {command} --dir {args.dir}{recipe}" for command in commands))
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/digits"), help="shared directory (default: %(default)s)")
@@ -631,7 +639,7 @@ def parse_args():
     parser.add_argument(
         "--labels",
         choices=("dataset", "pseudo"),
-        help="of ID images for ce and dream (default: dataset where there are any); sd takes those of its outliers",
+        help="of ID images for ce, dream and frozen's Mahalanobis (default: dataset where there are any)",
     )
     parser.add_argument(
         "--reconstructions",
@@ -756,7 +764,7 @@ def main():
             print(f"{method}: training accuracy {hits.float().mean():.3f}; wrote classifier_{method}.pt to {args.dir}")
     for path in args.dir.glob(CHECKPOINT.format("*")) if ranks()[0] == 0 else ():
         path.unlink()
-    print(f"next: python evaluate.py --dir {args.dir}")
+    print_next(args, "evaluate.py" + " --ood-data SET ..." * (not args.data.startswith("digits")))
 
 
 if __name__ == "__main__":

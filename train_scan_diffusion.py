@@ -9,7 +9,8 @@ writes   data.json, {train,test}.npy (N, H, W, 3) uint8, {train,test}.labels.npy
          <stage>_log.jsonl, the losses of every stage
 
 python train_scan_diffusion.py                                          # digits 0-5: ACC 0.99, 3 minutes on two cores
-python train_scan_diffusion.py --data data/cifar10 --dir runs/cifar10   # published recipe, one GPU; --labels dataset
+python train_scan_diffusion.py --data cifar10 --dir runs/cifar10        # SCAN as published, the UNet is ours; one GPU
+python train_scan_diffusion.py --labels dataset --dir runs/known        # the true labels in place of SCAN's clusters
 """
 
 import argparse
@@ -53,7 +54,7 @@ RECIPES = {  # option: help, value per recipe
     # cifar10: SCAN as published; the poster gives no figures of its diffusion model, those here are ours. cifar100 and
     # imagenet100 are not in paper B: SCAN as published for CIFAR-10; but its entropy wants at least 10 C
     # images per step, so scan_batch is ours, and so are the networks for ImageNet-100.
-    # cifar10-30min: all of paper B on one H200, our estimate at 50 TFLOP/s: SimCLR 100 x 6.7 s, SCAN loss 25 x 7 s,
+    # cifar10-30min: all of paper B on one GPU, our estimate at 50 TFLOP/s: SimCLR 100 x 6.7 s, SCAN loss 25 x 7 s,
     # self-labelling 40 x 4.4 s, UNet (9 GFLOP per image and step) 6000 x 46 ms: 22 minutes; outliers 1, detector 4.
     "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100", "imagenet100", "cifar10-30min"),
     "seed": ("seed of every random number, 0 for the first run", 0, 0, 0, 0, 0),
@@ -121,8 +122,10 @@ def parse_recipe(parser):
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     args.device = args.device or devices[0]
     name = args.recipe or Path(args.data.split(":")[0]).stem
-    if name not in columns or args.device.split(":")[0] not in devices:
-        fail(f"no recipe for the data set '{name}' (--recipe {'|'.join(columns)}), or no --device {args.device}", 2)
+    if name not in columns:
+        fail(f"no recipe for the data set '{name}'; give --recipe {'|'.join(columns)}", 2)
+    if args.device.split(":")[0] not in devices:
+        fail(f"there is no --device {args.device} here; give {', '.join(devices)}", 2)
     for option, (text, *values) in RECIPES.items():
         given, least = getattr(args, option), "at least" if "0 for" in text else "above"
         setattr(args, option, value := values[columns.index(name)] if given is None else given)
@@ -132,10 +135,17 @@ def parse_recipe(parser):
     return args
 
 
+def print_next(args, *commands):
+    """Print what can be run now, with --dir and the recipe where the data set's name does not pick it."""
+    recipe = f" --recipe {args.recipe}" * (Path(args.data.split(":")[0]).stem != args.recipe)
+    print("next:", ", or ".join(f"python {command} --dir {args.dir}{recipe}" for command in commands))
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/digits"), help="shared directory (default: %(default)s)")
-    sets = f"ID: NAME[:CLASSES] of digits, patches, {', '.join(TORCHVISION)}, or a folder or .npy (default: digits:0-5)"
+    sets = f"ID: NAME[:CLASSES] of digits, patches, {', '.join(TORCHVISION)}, or a folder or .npy"
+    sets += " (default: what is in --dir, else digits:0-5)"
     parser.add_argument("--data", help=sets)
     parser.add_argument("--restart", action="store_true", help="begin anew, not where a run was stopped")
     parser.add_argument("--checkpoint-every", type=float, default=60.0, help="seconds, 0: every step (default: 60)")
@@ -243,7 +253,7 @@ def torchvision_set(name, split, root):
     options, present = [{"split": part}], False
     if name.startswith("cifar") or name.endswith("mnist"):
         options = [{"train": part == "train"}]
-    elif name == "textures":  # both papers use every texture as OOD
+    elif name == "textures":  # paper A uses every texture as OOD
         options = [
             {"split": s} for s in {"train": ["train", "val"], "ood": ["train", "val", "test"]}.get(split, ["test"])
         ]
@@ -925,7 +935,8 @@ def main():
         os.replace(partial, args.dir / "diffusion")
         for path in args.dir.glob(CHECKPOINT.format("*")):
             path.unlink()
-    print(f"wrote pseudo-labels and diffusion/ to {args.dir}\nnext: train_text_encoder.py or sample_sd_outliers.py")
+    print(f"wrote pseudo-labels and diffusion/ to {args.dir}")
+    print_next(args, "train_text_encoder.py", "sample_sd_outliers.py")
 
 
 if __name__ == "__main__":

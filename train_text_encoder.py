@@ -12,7 +12,7 @@ writes   anchors.npy (C, d) float32, id_embeddings.npy (N, d) float32 of all tra
          id_labels.npy (N,) int64, text_encoder.pt; with Stable Diffusion class_words.txt, a line per class
 
 python train_text_encoder.py                            # digits 0-5: accuracy about 0.99, seconds on two cores
-python train_text_encoder.py --data data/cifar100 --dir runs/cifar100 --diffusion CompVis/stable-diffusion-v1-4
+python train_text_encoder.py --data cifar100 --dir runs/cifar100 --diffusion CompVis/stable-diffusion-v1-4
 """
 
 import argparse
@@ -48,7 +48,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 ARCHS = "small|resnet18|resnet34|resnet50|resnet18-imagenet|resnet34-imagenet|resnet50-imagenet"  # else CIFAR stem
 RECIPES = {  # option: help, value per recipe
     # cifar100, imagenet100: as released (a CIFAR stem at 224 px too; resnet34-imagenet is 15 times cheaper).
-    # cifar10 is not in paper A: as for CIFAR-100. cifar10-30min: ours, about a minute on one H200.
+    # cifar10 is not in paper A: as for CIFAR-100. cifar10-30min: ours, about a minute at 50 TFLOP/s.
     "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100", "imagenet100", "cifar10-30min"),
     "seed": ("seed of every random number, 0 for the first run", 0, 0, 0, 0, 0),
     "image_size": ("stored height and width of images, px", 8, 32, 32, 256, 32),
@@ -126,8 +126,10 @@ def parse_recipe(parser):
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     args.device = args.device or devices[0]
     name = args.recipe or Path(args.data.split(":")[0]).stem
-    if name not in columns or args.device.split(":")[0] not in devices:
-        fail(f"no recipe for the data set '{name}' (--recipe {'|'.join(columns)}), or no --device {args.device}", 2)
+    if name not in columns:
+        fail(f"no recipe for the data set '{name}'; give --recipe {'|'.join(columns)}", 2)
+    if args.device.split(":")[0] not in devices:
+        fail(f"there is no --device {args.device} here; give {', '.join(devices)}", 2)
     for option, (text, *values) in RECIPES.items():
         given, least = getattr(args, option), "at least" if "0 for" in text else "above"
         setattr(args, option, value := values[columns.index(name)] if given is None else given)
@@ -222,7 +224,7 @@ def torchvision_set(name, split, root):
     options, present = [{"split": part}], False
     if name.startswith("cifar") or name.endswith("mnist"):
         options = [{"train": part == "train"}]
-    elif name == "textures":  # both papers use every texture as OOD
+    elif name == "textures":  # paper A uses every texture as OOD
         options = [
             {"split": s} for s in {"train": ["train", "val"], "ood": ["train", "val", "test"]}.get(split, ["test"])
         ]
@@ -717,10 +719,17 @@ def train_encoder(images, labels, Gamma, args):
     return h.eval()
 
 
+def print_next(args, *commands):
+    """Print what can be run now, with --dir and the recipe where the data set's name does not pick it."""
+    recipe = f" --recipe {args.recipe}" * (Path(args.data.split(":")[0]).stem != args.recipe)
+    print("next:", ", or ".join(f"python {command} --dir {args.dir}{recipe}" for command in commands))
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/digits"), help="shared directory (default: %(default)s)")
-    sets = f"ID: NAME[:CLASSES] of digits, patches, {', '.join(TORCHVISION)}, or a folder or .npy (default: digits:0-5)"
+    sets = f"ID: NAME[:CLASSES] of digits, patches, {', '.join(TORCHVISION)}, or a folder or .npy"
+    sets += " (default: what is in --dir, else digits:0-5)"
     parser.add_argument("--data", help=sets)
     parser.add_argument("--data-root", default="data", help="folder of torchvision's data sets (default: %(default)s)")
     parser.add_argument("--diffusion", help="Stable Diffusion, hub id or folder (default: diffusion/ of --dir)")
@@ -794,8 +803,7 @@ def main():
         for path in args.dir.glob(CHECKPOINT.format("*")):
             path.unlink()
     print(f"wrote anchors {tuple(Gamma.shape)} and id_embeddings {tuple(z['train'].shape)} to {args.dir}")
-    more = f" --diffusion {args.diffusion}" if is_stable_diffusion(args.diffusion) else ""
-    print(f"next: python sample_outliers.py --dir {args.dir}{more}")
+    print_next(args, "sample_outliers.py" + f" --diffusion {args.diffusion}" * bool(text))
 
 
 if __name__ == "__main__":

@@ -237,7 +237,8 @@ def guided_noise(unet, x_t, t, c, null, w):
 @torch.no_grad()
 def decode_latents(sd, latents):
     """Latents (B, 4, h, w) -> images (B, 3, H, W) in [-1, 1]; four at a time, since this takes the most memory."""
-    with torch.autocast(latents.device.type, torch.bfloat16, enabled=sd.unet.dtype != torch.float32):
+    native = latents.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)  # of Ampere on
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=native and sd.unet.dtype != torch.float32):
         parts = [sd.vae.decode(z / sd.vae.config.scaling_factor).sample for z in latents.split(4)]
     return torch.cat(parts).float().clamp(-1, 1)
 

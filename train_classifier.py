@@ -51,6 +51,7 @@ RECIPES = {  # option: help, value per recipe. dream_*, sd_*: in place of the ro
     # cifar100, imagenet100: paper A as released; the CE start of ImageNet-100 is trained like DREAM-ID. cifar10 is
     # not in paper A: as for CIFAR-100. sd: paper B's lineage; it names no epochs: 3, as in the faster recipe (AdamW).
     # cifar10-30min: sd on ResNet-18, 2 x 50,000 images x 3.3 GFLOP at 50 TFLOP/s, our estimate: 30 x 6.7 s; ce: half.
+    # imagenet100: dream and ce keep 31 GiB on the GPU, dream-id 80.
     "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100", "imagenet100", "cifar10-30min"),
     "seed": ("seed of every random number, 0 for the first run", 0, 0, 0, 0, 0),
     "arch": (f"network: {ARCHS.replace('|', ', ')}, vit:ID", "small", "resnet34", "resnet34", "resnet34", "resnet18"),
@@ -76,7 +77,7 @@ RECIPES = {  # option: help, value per recipe. dream_*, sd_*: in place of the ro
     "sd_weight_decay": ("sd: weight decay, 0 for --weight-decay", 0.0, 5e-5, 5e-5, 5e-5, 0.0),
     "frozen_arch": ("frozen: pretext or scan of scan.pt, or vit:ID", *["pretext"] * 5),
     "crop": ("px of the views of images over 64 px, 0 for all of them", 0, 0, 0, 224, 0),
-    "amp": ("precision of the network, auto|bf16|none ; auto: bf16 on CUDA", *["auto"] * 5),
+    "amp": ("precision of the network, auto|bf16|none ; auto: bf16 on CUDA of Ampere or later", *["auto"] * 5),
     "shift": ("augmentation up to 64 px: largest shift, px, 0 for none", 1, 4, 4, 0, 4),
     "degrees": ("augmentation up to 64 px: largest turn, degrees, 0 for none", 10, 0, 0, 0, 0),
     "zoom": ("augmentation up to 64 px: largest scale factor", 1.1, 1.0, 1.0, 1.0, 1.0),
@@ -241,7 +242,8 @@ def ranks():
 def start(args):
     """Settle --amp and --restart; join torchrun's processes, each on a device of its own."""
     rank, world, kind = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), args.device.split(":")[0]
-    args.amp = ("bf16" if kind == "cuda" else "none") if args.amp == "auto" else args.amp
+    native = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # of Ampere and later
+    args.amp = ("bf16" if native else "none") if args.amp == "auto" else args.amp
     for option in RECIPES:
         if "batch" in option and getattr(args, option) % world:
             fail(f"--{option.replace('_', '-')} {getattr(args, option)} is not a multiple of the {world} processes", 2)
@@ -374,7 +376,7 @@ def resume(stage, parts, args):
         if file == path:
             for name, part in parts.items():
                 part.load_state_dict(held[name])
-            state = held
+            state = {name: value for name, value in held.items() if name not in parts}
             print(f"{stage}: going on from step {held['step']}")
     if dist.is_initialized():
         dist.barrier()  # from here on the first process writes
@@ -510,6 +512,9 @@ def load_pretrained(f, arch):
     except Exception as error:  # transformers, its hub and safetensors know many
         fail(f"{arch} does not load ({str(error).splitlines()[0]}); give another folder or hub id")
     f.model = model.float()
+    for name, parameter in f.model.named_parameters():
+        if name.endswith("mask_token"):  # of DINOv2's own training, not used here: DDP would wait for its gradient
+            parameter.requires_grad_(False)
 
 
 def freeze(f, blocks):
@@ -762,6 +767,8 @@ def main():
             content = {"model": net.state_dict(), "config": config, "digest": data.get("digest")}
             save(args.dir / f"classifier_{method}.pt", content)
             print(f"{method}: training accuracy {hits.float().mean():.3f}; wrote classifier_{method}.pt to {args.dir}")
+        if dist.is_initialized():
+            dist.barrier()  # dream may start from the ce that the first process has just written
     for path in args.dir.glob(CHECKPOINT.format("*")) if ranks()[0] == 0 else ():
         path.unlink()
     print_next(args, "evaluate.py" + " --ood-data SET ..." * (not args.data.startswith("digits")))

@@ -52,16 +52,16 @@ ARCHS = "small|resnet18|resnet34|resnet50|resnet18-imagenet|resnet34-imagenet|re
 UNET = "128,256,256,256"  # 35.75M parameters, 12.1 GFLOP per image of 32 px; with half the channels 8.95M, 3.0
 RECIPES = {  # option: help, value per recipe
     # cifar10: SCAN as published; the poster gives no figures of its diffusion model, those here are ours. cifar100 and
-    # imagenet100 are not in paper B: SCAN as published for CIFAR-10; but its entropy wants at least 10 C
-    # images per step, so scan_batch is ours, and so are the networks for ImageNet-100.
+    # imagenet100 are not in paper B: SCAN as published for CIFAR-10; but its entropy wants at least 10 C images per
+    # step, so scan_batch is ours, and so are the networks for ImageNet-100, where the UNet keeps 1.9 GiB per image.
     # cifar10-30min: all of paper B on one GPU, our estimate at 50 TFLOP/s: SimCLR 100 x 6.7 s, SCAN loss 25 x 7 s,
-    # self-labelling 40 x 4.4 s, UNet (9 GFLOP per image and step) 6000 x 46 ms: 22 minutes; outliers 1, detector 4.
+    # self-labelling 40 x 4.4 s, UNet (9 GFLOP per image and step) 6000 x 46 ms: 22 minutes; outliers 1, detector 5.
     "recipe": ("column of the table RECIPES", "digits", "cifar10", "cifar100", "imagenet100", "cifar10-30min"),
     "seed": ("seed of every random number, 0 for the first run", 0, 0, 0, 0, 0),
     "image_size": ("stored height and width of images, px", 8, 32, 32, 256, 32),
     "arch": (f"clustering network, {ARCHS}", "small", "resnet18", "resnet18", "resnet34-imagenet", "resnet18"),
     "crop": ("SCAN: px of the views of images over 64 px, 0 for all of them", 0, 0, 0, 224, 0),
-    "amp": ("precision of the networks, auto|bf16|none ; auto: bf16 on CUDA", *["auto"] * 5),
+    "amp": ("precision of the networks, auto|bf16|none ; auto: bf16 on CUDA of Ampere or later", *["auto"] * 5),
     "augment": ("views, affine|colour : geometry, or the sets of SCAN", "affine", *["colour"] * 4),
     "pretext_epochs": ("SimCLR: epochs", 100, 500, 500, 500, 100),
     "pretext_batch": ("SimCLR: images per step", 256, 512, 512, 512, 512),
@@ -83,7 +83,7 @@ RECIPES = {  # option: help, value per recipe
     "dropout": ("UNet: dropout, 0 for none", 0.0, 0.1, 0.1, 0.1, 0.0),
     "flip": ("diffusion: 1 if a mirrored image keeps its class, 0 for not", 0, 1, 1, 1, 1),
     "steps": ("diffusion: training steps", 1500, 200_000, 200_000, 200_000, 6000),
-    "batch_size": ("diffusion: images per step", 64, 128, 128, 128, 256),
+    "batch_size": ("diffusion: images per step", 64, 128, 128, 32, 256),
     "lr": ("diffusion: learning rate of AdamW", 2e-3, 2e-4, 2e-4, 2e-4, 4e-4),
     "ema": ("diffusion: decay of the weight average", 0.995, 0.9999, 0.9999, 0.9999, 0.999),
     "p_drop": ("diffusion: share of images trained without label, 0 for none", 0.1, 0.1, 0.1, 0.1, 0.1),
@@ -517,7 +517,8 @@ def ranks():
 def start(args):
     """Settle --amp and --restart; join torchrun's processes, each on a device of its own."""
     rank, world, kind = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), args.device.split(":")[0]
-    args.amp = ("bf16" if kind == "cuda" else "none") if args.amp == "auto" else args.amp
+    native = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # of Ampere and later
+    args.amp = ("bf16" if native else "none") if args.amp == "auto" else args.amp
     for option in RECIPES:
         if "batch" in option and getattr(args, option) % world:
             fail(f"--{option.replace('_', '-')} {getattr(args, option)} is not a multiple of the {world} processes", 2)
@@ -650,7 +651,7 @@ def resume(stage, parts, args):
         if file == path:
             for name, part in parts.items():
                 part.load_state_dict(held[name])
-            state = held
+            state = {name: value for name, value in held.items() if name not in parts}
             print(f"{stage}: going on from step {held['step']}")
     if dist.is_initialized():
         dist.barrier()  # from here on the first process writes

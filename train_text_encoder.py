@@ -59,7 +59,7 @@ RECIPES = {  # option: help, value per recipe
     "lr": ("learning rate of SGD, cosine per step to 1e-6", 0.1, 0.1, 0.1, 0.1, 0.1),
     "weight_decay": ("weight decay, 0 for none", 5e-4, 5e-4, 5e-4, 5e-4, 5e-4),
     "crop": ("px of the views of images over 64 px, 0 for all of them", 0, 0, 0, 224, 0),
-    "amp": ("precision of the network, auto|bf16|none ; auto: bf16 on CUDA", *["auto"] * 5),
+    "amp": ("precision of the network, auto|bf16|none ; auto: bf16 on CUDA of Ampere or later", *["auto"] * 5),
     "shift": ("augmentation up to 64 px: largest shift, px, 0 for none", 1, 4, 4, 0, 4),
     "degrees": ("augmentation up to 64 px: largest turn, degrees, 0 for none", 10, 0, 0, 0, 0),
     "zoom": ("augmentation up to 64 px: largest scale factor", 1.1, 1.0, 1.0, 1.0, 1.0),
@@ -401,7 +401,8 @@ def ranks():
 def start(args):
     """Settle --amp and --restart; join torchrun's processes, each on a device of its own."""
     rank, world, kind = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), args.device.split(":")[0]
-    args.amp = ("bf16" if kind == "cuda" else "none") if args.amp == "auto" else args.amp
+    native = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # of Ampere and later
+    args.amp = ("bf16" if native else "none") if args.amp == "auto" else args.amp
     for option in RECIPES:
         if "batch" in option and getattr(args, option) % world:
             fail(f"--{option.replace('_', '-')} {getattr(args, option)} is not a multiple of the {world} processes", 2)
@@ -534,7 +535,7 @@ def resume(stage, parts, args):
         if file == path:
             for name, part in parts.items():
                 part.load_state_dict(held[name])
-            state = held
+            state = {name: value for name, value in held.items() if name not in parts}
             print(f"{stage}: going on from step {held['step']}")
     if dist.is_initialized():
         dist.barrier()  # from here on the first process writes

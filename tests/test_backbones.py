@@ -136,6 +136,7 @@ def test_frozen_blocks_stay_and_the_rest_learns(tmp_path, name, blocks):
         early = "heads" not in name and "post_layernorm" not in name and "model.layernorm" not in name
         early = early and (number[0] < blocks if number else True)
         assert torch.equal(parameter, start[name]) == (early and blocks > 0) or "mask_token" in name, name
+        assert (parameter.grad is not None) == parameter.requires_grad, name  # else DDP would wait for it
 
 
 def test_too_many_blocks_and_wrong_folders_are_one_line(tmp_path, vit, capsys):

@@ -29,7 +29,7 @@ ARGUMENTS = {
     "--scan-batch 80 --scan-lr 3e-6 --starts 2 --selflabel-epochs 4 --selflabel-batch 80 --selflabel-lr 3e-6 "
     "--confidence 0.4 --channels 16,16 --steps 20 --batch-size 16",
     "train_text_encoder": "--epochs 4 --batch-size 80 --lr 1e-3",
-    "train_classifier": "--epochs 4 --batch-size 80 --lr 1e-3 --method ce dream dream-id sd",
+    "train_classifier": "--epochs 4 --batch-size 80 --lr 1e-3 --method ce dream dream-id sd --init ce",
 }
 STAGES = {
     "train_scan_diffusion": ["simclr", "scan-1", "scan-2", "selflabel", "diffusion"],

@@ -138,7 +138,7 @@ def print_table(folder):
 def figures(run, target):
     """Copy the pictures of one run; overview.png shows, per class, an ID image and an outlier of either paper."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("diffusion_samples", "outliers", "sd_outliers", "roc", "scores", "tsne"):
+    for name in ("diffusion_samples", "outliers", "sd_outliers", "scores", "tsne"):
         shutil.copy(run / f"{name}.png", target)
     images, outliers, sd = (np.load(run / f"{name}.npy") for name in ("train", "outliers", "sd_outliers"))
     lines = (run / "outliers.csv").read_text().splitlines()[1:]

@@ -93,7 +93,7 @@ def parse_recipe(parser):
     args.device = args.device or devices[0]
     name = args.recipe or Path(args.data.split(":")[0]).stem
     if name not in columns:
-        fail(f"no recipe for the data set '{name}'; give --recipe {'|'.join(columns)}", 2)
+        fail(f"no recipe for a data set '{name}'; mend the name, or give --recipe {'|'.join(columns)}", 2)
     if args.device.split(":")[0] not in devices:
         fail(f"there is no --device {args.device} here; give {', '.join(devices)}", 2)
     for option, (text, *values) in RECIPES.items():

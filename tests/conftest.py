@@ -13,10 +13,28 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: nothing is downloaded
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin slow a busy machine tenfold
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch: threads that spin slow a busy machine tenfold
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = ["a", "high", "quality", "image", "of", "the", "zero", "one", "two", "three", "four", "photo", "digit"]
+WORDS = [
+    "a",
+    "high",
+    "quality",
+    "image",
+    "of",
+    "the",
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "photo",
+    "digit",
+]
+SMALL = "--K 6 --boundary 6 --draw 6 --candidates 16 --per-class 12 --steps 4".split()
+FEW_EPOCHS = "--epochs 2 --dream-epochs 2 --sd-epochs 2".split()
 PIECES = ["por", "cup", "ine</w>"]  # porcupine: three tokens, as in CLIP's own vocabulary
 
 
@@ -66,27 +84,37 @@ def tiny_run(tmp_path_factory, run):
 
     def step(script, *args):
         done = run(script, "--dir", folder, *args)
-        assert done.returncode == 0, f"{script} {args} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, (
+            f"{script} {args} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        )
 
     def lane(*steps):
         for arguments in steps:
             step(*arguments)
 
-    scan = "--pretext-epochs", 6, "--pretext-batch", 128, "--scan-epochs", 8, "--selflabel-epochs", 1
-    unet = "--channels", "16,16", "--steps", 60, "--batch-size", 32
+    scan = (
+        "--pretext-epochs",
+        6,
+        "--pretext-batch",
+        128,
+        "--scan-epochs",
+        8,
+        "--selflabel-epochs",
+        1,
+    )
+    unet = "--channels", "32,32", "--steps", 60, "--batch-size", 32
     step("train_scan_diffusion", "--data", "digits:0-2", *scan, *unet)
-    small = "--K", 6, "--boundary", 6, "--draw", 6, "--candidates", 16, "--per-class", 12, "--steps", 4
     paper_a = [
         ("train_text_encoder", "--epochs", 2),
-        ("sample_outliers", *small),
-        ("sample_outliers", "--inliers", *small),
+        ("sample_outliers", *SMALL),
+        ("sample_outliers", "--inliers", *SMALL),
     ]
     test = "sample_sd_outliers", "--steps", 4, "--split", "test"
     paper_b = [("sample_sd_outliers", "--steps", 4), test, (*test, "--reconstruct")]
     with ThreadPoolExecutor(2) as pool:
         for lane_done in [pool.submit(lane, *steps) for steps in (paper_a, paper_b)]:
             lane_done.result()
-    step("train_classifier", "--epochs", 2)
+    step("train_classifier", *FEW_EPOCHS)
     step("evaluate", "--ood-data", "digits:6-7", "patches", "--bootstrap", 20)
     return folder
 
@@ -114,32 +142,76 @@ def build_stable_diffusion(folder, full_size=False):
             rest = [rest[0] + rest[1], *rest[2:]]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     (folder / "words").mkdir(parents=True)
-    (folder / "words" / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "words" / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(tokens)})
+    )
     (folder / "words" / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "words", model_max_length=77)
     shutil.rmtree(folder / "words")
-    ends = {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1, "pad_token_id": len(tokens) - 1}
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    unet = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "sample_size": 8, "layers_per_block": 1}
+    ends = {
+        "bos_token_id": len(tokens) - 2,
+        "eos_token_id": len(tokens) - 1,
+        "pad_token_id": len(tokens) - 1,
+    }
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    unet = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "sample_size": 8,
+        "layers_per_block": 1,
+    }
     unet |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "block_out_channels": (16, 32)}
     unet |= {"cross_attention_dim": 32, "attention_head_dim": 8, "norm_num_groups": 8}
     vae = {"sample_size": 16, "block_out_channels": (16, 16), "norm_num_groups": 8}
     if full_size:  # the configuration of Stable Diffusion 1.4
-        shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-        unet, vae = {"cross_attention_dim": 768, "sample_size": 64}, {"block_out_channels": (128, 256, 512, 512)}
+        shape = {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+        }
+        unet, vae = (
+            {"cross_attention_dim": 768, "sample_size": 64},
+            {"block_out_channels": (128, 256, 512, 512)},
+        )
         vae |= {"sample_size": 512, "layers_per_block": 2}
-    text_model = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokens), **ends, **shape, max_position_embeddings=77))
+    text_model = CLIPTextModel(
+        CLIPTextConfig(vocab_size=len(tokens), **ends, **shape, max_position_embeddings=77)
+    )
     table = text_model.get_input_embeddings().weight
-    table.data *= 0.39 / table.data.norm(dim=1, keepdim=True)  # the norm of the rows of CLIP ViT-L/14
+    table.data *= 0.39 / table.data.norm(
+        dim=1, keepdim=True
+    )  # the norm of the rows of CLIP ViT-L/14
     unet, levels = UNet2DConditionModel(**unet), len(vae["block_out_channels"])
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+    kinds = {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
     vae = AutoencoderKL(**vae, **kinds)
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    schedule = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+    }
     scheduler = PNDMScheduler(**schedule, skip_prk_steps=True, set_alpha_to_one=False)
-    parts = {"tokenizer": tokenizer, "text_encoder": text_model, "unet": unet, "vae": vae, "scheduler": scheduler}
+    parts = {
+        "tokenizer": tokenizer,
+        "text_encoder": text_model,
+        "unet": unet,
+        "vae": vae,
+        "scheduler": scheduler,
+    }
     for name, part in parts.items():
         part.save_pretrained(folder / name)
-    index = {name: [type(part).__module__.split(".")[0], type(part).__name__] for name, part in parts.items()}
+    index = {
+        name: [type(part).__module__.split(".")[0], type(part).__name__]
+        for name, part in parts.items()
+    }
     index |= {
         "_class_name": "StableDiffusionPipeline",
         "safety_checker": [None, None],
@@ -164,15 +236,18 @@ def sd_run(tmp_path_factory, run, tiny_sd):
     folder = tmp_path_factory.mktemp("sd-run") / "run"
     (folder.parent / "words.txt").write_text("zero\none\nporcupine: high-quality porcupine\n")
     words = "--class-words", folder.parent / "words.txt"
-    small = "--K", 6, "--boundary", 6, "--draw", 6, "--candidates", 16, "--per-class", 12, "--steps", 4
+    sd = "--diffusion", tiny_sd
     for script, *args in (
-        ("train_text_encoder", "--data", "digits:0-2", "--diffusion", tiny_sd, "--epochs", 4, *words),
-        ("sample_outliers", "--diffusion", tiny_sd, "--scheduler", "pndm", "--guidance", 7.5, *small),
-        ("sample_sd_outliers", "--diffusion", tiny_sd, "--S", 100, "--steps", 4),
-        ("train_classifier", "--method", "ce", "dream", "sd", "--epochs", 2),
+        ("train_scan_diffusion", "--data", "digits:0-2", "--until", "data"),
+        ("train_text_encoder", *sd, "--epochs", 4, *words),
+        ("sample_outliers", *sd, "--scheduler", "pndm", "--guidance", 7.5, *SMALL),
+        ("sample_sd_outliers", *sd, "--S", 100, "--steps", 4),
+        ("train_classifier", "--method", "ce", "dream", "sd", *FEW_EPOCHS),
         ("evaluate", "--ood-data", "digits:6-7", "--bootstrap", 20),
     ):
         done = run(script, "--dir", folder, *args)
-        assert done.returncode == 0, f"{script} {args} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, (
+            f"{script} {args} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        )
         (folder.parent / f"{script}.log").write_text(done.stdout)
     return folder

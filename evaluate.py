@@ -1,5 +1,4 @@
-"""Scores, metrics, tables and pictures for the detectors in the shared directory, or anybody's
-scores.
+"""Scores, metrics, tables and pictures for the detectors in --dir, or for anybody's scores.
 
 Paper A: the energy; beside it phi (VOS's score), msp, maxlogit, knn (Sun et al., 2022), mahalanobis
 (Lee et al., 2018), relative-mahalanobis (Ren et al., 2021). Paper B: distance, voting and their sum
@@ -8,8 +7,8 @@ D_in, x_v in D_in and D_out at 1 : 1; and bin, its binary head. Every score is a
 higher is more OOD; "score > threshold is OOD" reproduces fpr95.
 
 reads    classifier_*.pt, train.npy, test.npy (N, H, W, 3) uint8, OOD sets; where there: test
-         labels, sd_outliers.npy and .csv, sd_reconstructions_test.npy; with --scores only files
-         (N,)
+         labels, sd_outliers.npy and .csv, sd_reconstructions_test.npy; with --scores files (N,)
+         alone
 writes   results.json (fractions), results.md (percent), roc.png, scores.png, tsne.png,
          scores/<method>.<score>.<set>.npy (N,) float32 in data-set order
 
@@ -90,26 +89,28 @@ def sd_scores(f, D_in, D_out, k, alpha):
 
 
 def mahalanobis_scores(f, D_in, labels):
-    """Squared Mahalanobis distance (N,) to the nearest class mean, and that minus the one to all
-    D_in.
+    """Squared Mahalanobis distance (N,) to the nearest class mean; that minus the one to all D_in.
 
-    f (N, D), D_in (M, D) with labels (M,): NumPy. One covariance for all classes, one of all D_in.
+    f (N, D), D_in (M, D) with labels (M,): NumPy. P is of all classes together, P_0 of all D_in.
     """
     classes, index = np.unique(labels, return_inverse=True)
     means = np.stack([D_in[index == c].mean(0) for c in range(len(classes))])
-    within = EmpiricalCovariance(assume_centered=True).fit(D_in - means[index])
-    background = EmpiricalCovariance().fit(D_in)
+    P = EmpiricalCovariance(assume_centered=True).fit(D_in - means[index]).precision_
+    P_0 = EmpiricalCovariance().fit(D_in).precision_
     near = np.full(len(f), np.inf)
     for mean in means:
-        near = np.minimum(near, within.mahalanobis(f - mean))
-    relative = near - background.mahalanobis(f)
-    return {"mahalanobis": near, "relative-mahalanobis": relative}
+        near = np.minimum(near, squared_length(f - mean, P))
+    background = squared_length(f - D_in.mean(0), P_0)
+    return {"mahalanobis": near, "relative-mahalanobis": near - background}
+
+
+def squared_length(x, P):
+    """x^T P x (N,) of the rows of x (N, D)."""
+    return (x @ P * x).sum(1)
 
 
 def auroc_fpr95(in_scores, out_scores):
-    """AUROC, half credit for ties; share of OOD (M,) at most t, the least that keeps 95 % of ID
-    (N,); t.
-    """
+    """AUROC, half credit for ties; share of OOD (M,) up to t, which keeps 95 % of ID (N,); t."""
     ordered = np.sort(in_scores)
     t = ordered[-(-19 * len(ordered) // 20) - 1]  # in whole numbers: 0.95 N rounds wrongly
     beaten = np.searchsorted(ordered, out_scores) + np.searchsorted(ordered, out_scores, "right")
@@ -162,8 +163,6 @@ class Detector(nn.Module):
         if method == "dream":
             hidden = [nn.Linear(1, phi_hidden), nn.ReLU()] if phi_hidden else []
             self.phi = nn.Sequential(*hidden, nn.Linear(phi_hidden or 1, 2))
-            # a linear phi starts with w_1 > w_0: nothing in the loss would turn a wrong slope
-            self.phi[0].weight.data = self.phi[0].weight.data.sort(0).values
 
     def forward(self, x):
         """Features (B, D) and the logits of every head, by name."""
@@ -195,8 +194,8 @@ def main():
     (args.dir / "scores").mkdir(parents=True, exist_ok=True)
     print("options", vars(args))
     if args.scores:
-        sets = {path.name: load_scores(path) for path in args.scores}
-        id_name = args.scores[0].name
+        sets = {str(path): load_scores(path) for path in args.scores}
+        id_name = str(args.scores[0])
         scored = {("scores", "given"): {"id": sets.pop(id_name)} | sets}
         facts = {"scores": {"id_accuracy": None, "seed": args.seed}}
         notes = []
@@ -240,11 +239,11 @@ TORCHVISION = {  # data sets of torchvision, by name; split is train or test
     ),
 }
 MAIN_SCORE = {  # of each method, in plots
+    "frozen": "knn",
     "ce": "msp",
     "dream": "energy",
     "dream-id": "msp",
     "sd": "distance+voting",
-    "frozen": "knn",
     "scores": "given",
 }
 
@@ -269,7 +268,7 @@ def recipe_parser(default="digits"):
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator().type
     parser.add_argument("--device", choices=(device, "cpu"), default=device, help="torch device")
-    parser.add_argument("--help", action="help", help="show this and exit")
+    parser.add_argument("--help", action="help")
     for option, (value, text, *choices) in RECIPES.items():
         if isinstance(value, tuple):
             value = value[COLUMNS.index(recipe)]
@@ -284,9 +283,7 @@ def recipe_parser(default="digits"):
 
 
 def save(path, content):
-    """Write a .npy, .pt, .png or text file under a temporary name, then rename it: all or
-    nothing.
-    """
+    """Write a .npy, .pt, .png or text file under a temporary name, then rename it."""
     temporary = path.with_name(f".partial.{path.name}")
     if path.suffix == ".npy":
         np.save(temporary, content)
@@ -329,15 +326,12 @@ def read_description(folder):
 
 
 def knn(queries, bank, k):
-    """Distances and rows (N, k) of the k nearest of bank (M, d) to queries (N, d), nearest
-    first.
-    """
+    """Distances and rows (N, k), nearest first, of the bank (M, d) around queries (N, d)."""
     centre = bank.mean(0)  # a large common offset would cost cdist its digits
     bank = bank - centre
-    parts = [
-        torch.cdist(some - centre, bank).topk(k, largest=False) for some in queries.split(1024)
-    ]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+    nearest = [torch.cdist(q - centre, bank).topk(k, largest=False) for q in queries.split(1024)]
+    distances, rows = zip(*nearest, strict=True)
+    return torch.cat(distances), torch.cat(rows)
 
 
 def to_float(images):
@@ -346,22 +340,19 @@ def to_float(images):
 
 
 def plain_view(images, args):
-    """Images (B, H, W, 3) uint8 as they are, cropped at the centre: (B, 3, side, side) in [-1,
-    1].
-    """
+    """(B, H, W, 3) uint8 -> (B, 3, side, side) in [-1, 1], cropped at the centre if at all."""
     x = to_float(images)
     return v2.functional.center_crop(x, args.crop) if args.crop else x
 
 
 def match_levels(id_images, images):
-    """Images (B, H, W, 3) uint8 at the levels of the ID images: grey if those are, 17 levels for
-    digits.
+    """Images (B, H, W, 3) uint8 at the grey levels of the ID images, of which digits have 17.
 
     Else a detector could tell generated images by their levels, whatever they show.
     """
-    sample = np.asarray(id_images[:: len(id_images) // 100 + 1])
+    sample = id_images[:: len(id_images) // 100 + 1]
     if (sample == sample[..., :1]).all():
-        images = images.mean(3, keepdims=True).round().astype(np.uint8).repeat(3, axis=3)
+        images = images.mean(3, keepdims=True).round().astype(int).repeat(3, 3)
     levels = np.unique(sample)
     nearest = np.abs(np.arange(256)[:, None] - levels).argmin(1)
     return levels[nearest][images]
@@ -416,22 +407,22 @@ class VisionTransformer(nn.Module):
 def read_dataset(spec, split, args):
     """Part train or test (all, of a set without parts) of NAME[:CLASSES].
 
-    Returns items (picture, label), labels (N,) int64 and class names, or None and None.
+    Returns items (picture, label), labels (N,) int64 and class names, or None and [].
     """
-    name, _, chosen = spec.partition(":")
+    name, _, subset = spec.partition(":")
     try:
         dataset = open_dataset(name, split, args)
-        chosen = class_numbers(chosen)
+        chosen = class_numbers(subset)
     except Exception as error:  # of torchvision, the disk, the network
         sys.exit(f"{spec} cannot be read: {error!r:.200}")
     labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
-    if labels is None and not chosen:
-        return dataset, None, None
-    labels = np.asarray(labels, np.int64)
-    names = getattr(dataset, "classes", None) or [str(c) for c in range(labels.max() + 1)]
-    if chosen:
-        if labels.ndim != 1 or max(chosen) >= len(names):
-            sys.exit(f"{spec}: {name} has no such classes; give them as 0-5 or 0,3,7")
+    if labels is None and not subset:
+        return dataset, None, []
+    labels = np.asarray([] if labels is None else labels, np.int64)
+    names = getattr(dataset, "classes", None) or [str(c) for c in np.unique(labels)]
+    if labels.max(initial=0) >= len(names) or not set(chosen) <= set(range(len(names))):
+        sys.exit(f"{spec}: {name} has {len(names)} class names; give classes as 0-5 or 0,3,7")
+    if subset:
         rows = np.flatnonzero(np.isin(labels, chosen))
         dataset = Subset(dataset, rows)
         labels = np.searchsorted(chosen, labels[rows])
@@ -449,9 +440,7 @@ def class_numbers(text):
 
 
 def open_dataset(name, split, args):
-    """Data set of (picture, label), by name, or from a folder, a folder of arrays or one .npy
-    file.
-    """
+    """Data set of (picture, label), by name, from a folder of pictures or arrays, or one .npy."""
     size = args.image_size
     fit = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
     place = Path(name)
@@ -459,7 +448,7 @@ def open_dataset(name, split, args):
     if name == "digits":
         digits = load_digits()
         pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-        return ArrayImages(pixels.repeat(3, axis=3), digits.target, fit)
+        return ArrayImages(pixels.repeat(3, 3), digits.target, fit)
     if name == "patches":  # 520 squares of 32 px from two photographs
         photos = np.stack(load_sample_images().images)[:, :416].reshape(2, 13, 32, 20, 32, 3)
         return ArrayImages(photos.swapaxes(2, 3).reshape(-1, 32, 32, 3), None, fit)
@@ -473,9 +462,7 @@ def open_dataset(name, split, args):
 
 
 def read_arrays(path, transform):
-    """Data set of an .npy file of images, with the .labels.npy and classes.txt beside it, if
-    any.
-    """
+    """Data set of an .npy file of images, with .labels.npy and classes.txt beside it, if any."""
     images = load_array(path, (None, None, None, 3), np.uint8, "what wrote it")
     dataset = ArrayImages(images, None, transform)
     beside = path.with_suffix(".labels.npy")
@@ -515,7 +502,7 @@ def open_picture(path):
 
 def decode(dataset, path, size):
     """Write the pictures of a data set to an .npy file, (N, size, size, 3) uint8."""
-    loader = DataLoader(dataset, 256, num_workers=0 if size <= 64 else os.cpu_count())
+    loader = DataLoader(dataset, 8, num_workers=0 if size <= 64 else min(16, os.cpu_count()))
     blocks = tqdm((x.permute(0, 2, 3, 1).numpy() for x, _ in loader), f"reading {path.name}")
     try:
         write_images(path, (len(dataset), size, size, 3), blocks)
@@ -544,9 +531,7 @@ def load_scores(path):
 
 
 def load_sets(args):
-    """Images (N, H, W, 3) uint8 by name: train, id, each OOD set, and outliers of paper B if
-    there.
-    """
+    """Images (N, H, W, 3) uint8 by name: train, id, each OOD set, what paper B generated."""
     writer = "train_scan_diffusion.py"
     data = read_description(args.dir)
     images = {"train": load_array(args.dir / "train.npy", (None, None, None, 3), np.uint8, writer)}
@@ -612,80 +597,87 @@ def score_detectors(args):
         if not path.exists():
             continue
         net, config, labels = load_detector(path, args)
-        embedded = {
-            name: features_and_logits(net, batch, images["train"], config, args)
-            for name, batch in images.items()
-        }
-        tested = [name for name in images if name not in ("train", "sd_outliers")]
-        for name in tested:
-            for score, values in method_scores(method, net, embedded, name, labels, args).items():
-                values = np.asarray(values, np.float32)
-                scored.setdefault((method, score), {})[name] = values
+        features = {}
+        logits = {}
+        for name, batch in images.items():
+            embedded = features_and_logits(net, batch, images["train"], config, args)
+            features[name], logits[name] = embedded
+        labels = labels[: len(images["train"])]
+        for score, values in method_scores(method, net, features, logits, labels, args).items():
+            scored[method, score] = values
+            for name, part in values.items():
                 file = re.sub(r"[^\w.,+-]+", "-", f"{method}.{score}.{name}")
-                save(args.dir / "scores" / f"{file}.npy", values)
-        accuracy = id_accuracy(embedded["id"][1], labels, args)
+                save(args.dir / "scores" / f"{file}.npy", part)
+        accuracy = id_accuracy(logits["id"], labels, args)
         facts[method] = {"id_accuracy": accuracy, "seed": config.seed}
         if method == "ce" and "sd_outliers" in images:
-            notes.append(flip_report(embedded["sd_outliers"][1]["g_in"], args))
-        features = {name: f.cpu().numpy() for name, (f, _) in embedded.items() if name != "train"}
+            notes += flip_report(logits["sd_outliers"]["g_in"], args)
     if not scored:
         sys.exit(f"{args.dir} holds no classifier_*.pt; run train_classifier.py")
     save(args.dir / "tsne.png", plot_tsne(features, args))
     return scored, facts, notes
 
 
-def method_scores(method, net, embedded, name, labels, args):
-    """All scores (N,) of one detector on the set `name`; embedded: {set: (features, logits by
-    head)}.
-    """
-    f, logits = embedded[name]
-    D_in = embedded["train"][0]
+def method_scores(method, net, features, logits, labels, args):
+    """{score: {set: (N,) float32}} of a detector, from its features and logits by set."""
+    tested = [name for name in features if name not in ("train", "sd_outliers")]
+    f = torch.cat([features[name] for name in tested])
+    heads = {head: torch.cat([logits[name][head] for name in tested]) for head in logits["id"]}
+    D_in = features["train"]
     if method == "sd":
-        if "sd_outliers" not in embedded:
+        if "sd_outliers" not in features:
             sys.exit(f"{args.dir} has no sd_outliers.npy for sd; run sample_sd_outliers.py")
-        scores = sd_scores(f, D_in, embedded["sd_outliers"][0], args.k, args.alpha)
-        scores["bin"] = logits["g_bin"].diff()[:, 0]  # log-odds of class 1, an outlier
+        scores = sd_scores(f, D_in, features["sd_outliers"], args.k, args.alpha)
+        scores["bin"] = heads["g_bin"].diff()[:, 0]  # log-odds of class 1, an outlier
     else:
-        near = knn(F.normalize(f), F.normalize(D_in), args.knn_k)[0]
-        scores = {"knn": near[:, -1]}
+        scores = {"knn": knn(F.normalize(f), F.normalize(D_in), args.knn_k)[0][:, -1]}
         if method != "frozen":
-            scores |= logit_scores(logits["g_in"])
+            scores |= logit_scores(heads["g_in"])
         if method == "dream":
-            scores["phi"] = phi_score(logits["g_in"], net.phi)
+            scores["phi"] = phi_score(heads["g_in"], net.phi)
     scores = {score: values.cpu().numpy() for score, values in scores.items()}
-    spread = mahalanobis_scores(
-        f.double().cpu().numpy(), D_in.double().cpu().numpy(), labels[: len(D_in)]
-    )
-    return scores | spread
+    scores |= mahalanobis_scores(f.cpu().double().numpy(), D_in.cpu().double().numpy(), labels)
+    ends = np.cumsum([len(features[name]) for name in tested])[:-1]
+    split = {}
+    for score, values in scores.items():
+        parts = np.split(values.astype(np.float32), ends)
+        split[score] = dict(zip(tested, parts, strict=True))
+    return split
 
 
 def id_accuracy(logits, labels, args):
-    """Accuracy on the ID test images, after Hungarian matching if the labels learnt are not the
-    data's.
-    """
+    """Accuracy on ID test images; Hungarian matching if the labels learnt are not the data's."""
     path = args.dir / "test.labels.npy"
     if "g_in" not in logits or not path.exists():
         return None
     y = load_array(path, (len(logits["g_in"]),), np.int64, "train_scan_diffusion.py")
     table = confusion_matrix(y, logits["g_in"].argmax(1).cpu())
-    known = np.load(args.dir / "train.labels.npy")
-    if np.array_equal(known, labels[: len(known)]):
+    known = args.dir / "train.labels.npy"
+    if known.exists() and np.array_equal(np.load(known), labels):
         return table.trace() / table.sum()
     return table[linear_sum_assignment(table, maximize=True)].sum() / table.sum()
 
 
-def flip_report(logits, args):
-    """What the ce classifier takes SD outliers for: y, c_r, another class, or none of them
-    surely.
-    """
+def read_outlier_labels(args):
+    """y and c_r, (N,) each, of sd_outliers.csv."""
     path = args.dir / "sd_outliers.csv"
-    y, c_r = np.loadtxt(path, np.int64, delimiter=",", skiprows=1, usecols=(2, 3)).T
+    try:
+        return np.loadtxt(path, np.int64, delimiter=",", skiprows=1, usecols=(2, 3)).T
+    except (OSError, ValueError) as error:
+        sys.exit(f"{path} does not load ({error}); run sample_sd_outliers.py again")
+
+
+def flip_report(logits, args):
+    """What the ce classifier takes SD outliers for: y, c_r, another class, or none surely."""
+    y, c_r = read_outlier_labels(args)
+    if logits.shape[1] != max(y.max(), c_r.max()) + 1:  # clusters that are no classes
+        return []
     confidence, label = logits.softmax(1).cpu().max(1)
     doubt = confidence.numpy() < 0.5
     label = label.numpy()
     seen = np.select([doubt, label == y, label == c_r], ["unsure", "y", "c_r"], "other")
     shares = [f"{kind} {(seen == kind).mean():.1%}" for kind in ("y", "c_r", "other", "unsure")]
-    return f"ce takes SD outliers for {', '.join(shares)}"
+    return [f"ce takes SD outliers for {', '.join(shares)}"]
 
 
 def results_table(records):
@@ -743,19 +735,21 @@ def plot_scores(shown):
 
 
 def plot_tsne(features, args):
-    """t-SNE of at most 300 features of each set: ID blue, OOD red, SD outliers in a colour per
-    y.
-    """
-    thinned = {name: f[:: len(f) // 300 + 1] for name, f in features.items()}
+    """t-SNE of up to 300 features of each set: ID blue, OOD red, SD outliers a colour per y."""
+    thinned = {}
+    for name, f in features.items():
+        if name != "train":
+            thinned[name] = f[:: len(f) // 300 + 1].cpu().numpy()
     points = np.concatenate(list(thinned.values()))
     places = TSNE(init="random", random_state=args.seed).fit_transform(points)
     figure = Figure((6, 5), dpi=150, layout="constrained")
     axis = figure.subplots()
+    colours = {"id": "C0", "sd_reconstructions_test": "C9"}
+    if "sd_outliers" in features:
+        y, _ = read_outlier_labels(args)
+        colours["sd_outliers"] = colormaps["tab20"](y[:: len(y) // 300 + 1] % 20)
     for (name, f), marker in zip(thinned.items(), "os^Dv<>P*X" * 9, strict=False):
-        colour = {"id": "C0"}.get(name, "C3")
-        if name == "sd_outliers":
-            y = np.loadtxt(args.dir / "sd_outliers.csv", int, delimiter=",", skiprows=1, usecols=2)
-            colour = colormaps["tab20"](y[:: len(y) // 300 + 1] % 20)
+        colour = colours.get(name, "C3")
         axis.scatter(*places[: len(f)].T, s=9, c=colour, marker=marker, label=name)
         places = places[len(f) :]
     axis.legend()

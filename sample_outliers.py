@@ -17,8 +17,8 @@ reads    anchors.npy (C, d), id_embeddings.npy (N, d), id_labels.npy (N,), train
          diffusion/, or Stable Diffusion and class_words.txt
 writes   outliers.npy (M, H, W, 3) uint8, outlier_embeddings.npy (M, d) float32, outlier_labels.npy
          (M,) int64, outliers.csv (index, class, source, d_K, cosine, seed), outliers.json
-         (options), outliers.png (each row a source, then outliers made from it); --inliers:
-         inlier(s) for outlier(s) in all names
+         (options), outliers.png (a row per class: sources, and right of each an outlier of it);
+         with --inliers all names say inlier(s)
 
 python sample_outliers.py                       # digits 0-5: 900 outliers, seconds on two cores
 python sample_outliers.py --dir runs/cifar100 --diffusion CompVis/stable-diffusion-v1-4  # 100,000
@@ -32,6 +32,7 @@ import os
 import shutil
 import sys
 import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers
@@ -64,7 +65,7 @@ RECIPES = {
     "scheduler": (("dpmpp", "dpmpp", "pndm", "pndm"), "solver", "pndm", "dpmpp", "ddim"),
     "steps": ((20, 20, 50, 50), "steps of the solver; 20 do for dpmpp"),
     "resize": (("area", "area", "area", "bilinear"), "filter down", "area", "bilinear", "nearest"),
-    "batch_size": ((256, 256, 32, 32), "images decoded at a time"),
+    "batch_size": ((256, 256, 32, 32), "images decoded at a time, at most 256"),
 }
 # fmt: on
 
@@ -86,8 +87,7 @@ def pick(d_K, keep, selection, nearest=False):
 
 
 def sample_embeddings(z, count, sigma, args):
-    """`count` unit embeddings around the boundary of one class with ID embeddings z (n, d), unit
-    too.
+    """`count` unit embeddings around the boundary of one class; z (n, d): its ID embeddings, unit.
 
     Returns v (count, d), source (count,): row of z, d_K (count,), and percentile (count,) in [0,
     1] of d_K among the candidates of the same boundary point.
@@ -114,8 +114,8 @@ def sample_embeddings(z, count, sigma, args):
         kept = d_K.gather(1, index)
         percentile = (d_K[:, None] <= kept[:, :, None]).float().mean(2)
         v = v.gather(1, index[:, :, None].expand(-1, -1, z.shape[1]))
-        found = (v, source[:, None].expand_as(index), kept, percentile)
-        rounds.append([part.flatten(0, 1) for part in found])
+        picked = (v, source[:, None].expand_as(index), kept, percentile)
+        rounds.append([part.flatten(0, 1) for part in picked])
     return [torch.cat(parts)[:count] for parts in zip(*rounds, strict=True)]
 
 
@@ -125,8 +125,7 @@ def guided_noise(unet, x_t, t, c, null, w):
     x_t (B, C, H, W): pixels or latents; c, null (B, ...): conditions, and the one that stands for
     none.
     """
-    both = unet(torch.cat([x_t, x_t]), t, torch.cat([c, null])).sample.float()
-    eps_c, eps = both.chunk(2)
+    eps_c, eps = unet(torch.cat([x_t, x_t]), t, torch.cat([c, null])).sample.float().chunk(2)
     return (1 + w) * eps_c - w * eps
 
 
@@ -154,12 +153,11 @@ def class_decoder(Gamma, args):
 
 
 def text_decoder(Gamma, args):
-    """The same by Stable Diffusion: v (B, d) in place of the class word's token, before the text
-    model.
-    """
+    """The same by Stable Diffusion: v (B, d) in place of the class word's token embedding."""
     pipe = load_stable_diffusion(args.diffusion, args.device)
     pipe.scheduler = SOLVERS[args.scheduler].from_config(pipe.scheduler.config)
     ids, slots = class_slots(pipe, torch.from_numpy(Gamma), args)
+    pipe.unet.register_forward_hook(in_float32)
 
     @torch.no_grad()
     def decode(v, classes, seeds):
@@ -200,9 +198,9 @@ def main():
     start(args)
     name = "inlier" if args.inliers else "outlier"
     Gamma, z, labels, train = load_inputs(args)
-    args.inputs = fingerprint(Gamma, z, labels)
-    decode = (text_decoder if args.diffusion else class_decoder)(Gamma, args)
-    v, rows = sample_all(Gamma, z, labels, args)
+    decode = text_decoder(Gamma, args) if args.diffusion else class_decoder(Gamma, args)
+    v, lines = sample_all(Gamma, z, labels, args)
+    args.inputs = fingerprint(Gamma, z, labels, v)
     classes = torch.arange(len(Gamma)).repeat_interleave(args.per_class)
     side = train.shape[1]
 
@@ -216,10 +214,10 @@ def main():
     if args.rank == 0:
         save(args.dir / f"{name}_embeddings.npy", v.numpy())
         save(args.dir / f"{name}_labels.npy", classes.numpy())
-        table = "".join(f"{i},{row}\n" for i, row in enumerate(rows))
+        table = "".join(f"{i},{line}\n" for i, line in enumerate(lines))
         save(args.dir / f"{name}s.csv", f"index,class,source,d_K,cosine,seed\n{table}")
         images = np.load(args.dir / f"{name}s.npy", mmap_mode="r")
-        sources = np.array([int(row.split(",")[1]) for row in rows])
+        sources = np.array([int(line.split(",")[1]) for line in lines])
         sheet = pair_sheet(images, train, sources, classes.numpy(), classes.numpy())
         save(args.dir / f"{name}s.png", sheet)
     print(f"wrote {name}s.npy, .csv, .json and the contact sheet {name}s.png to {args.dir}")
@@ -257,7 +255,7 @@ def recipe_parser(default="digits"):
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator().type
     parser.add_argument("--device", choices=(device, "cpu"), default=device, help="torch device")
-    parser.add_argument("--help", action="help", help="show this and exit")
+    parser.add_argument("--help", action="help")
     for option, (value, text, *choices) in RECIPES.items():
         if isinstance(value, tuple):
             value = value[COLUMNS.index(recipe)]
@@ -283,7 +281,7 @@ def start(args):
     if args.world > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group()
+        torch.distributed.init_process_group(timeout=timedelta(days=1))
     if args.rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     print("options", vars(args))
@@ -296,9 +294,7 @@ def barrier():
 
 
 def save(path, content):
-    """Write a .npy, .pt, .png or text file under a temporary name, then rename it: all or
-    nothing.
-    """
+    """Write a .npy, .pt, .png or text file under a temporary name, then rename it."""
     temporary = path.with_name(f".partial.{path.name}")
     if path.suffix == ".npy":
         np.save(temporary, content)
@@ -339,28 +335,24 @@ def fingerprint(*arrays):
 
 
 def seed_of(*key):
-    """Seed for (seed, stage, step, ...) or (seed, image): 32 bits, all that torch's generator
-    takes.
-    """
+    """Seed for (seed, stage, step, ...) or (seed, image): 32 bits, no generator takes more."""
     return zlib.crc32(repr(key).encode())
 
 
 def knn(queries, bank, k):
-    """Distances and rows (N, k) of the k nearest of bank (M, d) to queries (N, d), nearest
-    first.
-    """
+    """Distances and rows (N, k), nearest first, of the bank (M, d) around queries (N, d)."""
     centre = bank.mean(0)  # a large common offset would cost cdist its digits
     bank = bank - centre
-    parts = [
-        torch.cdist(some - centre, bank).topk(k, largest=False) for some in queries.split(1024)
-    ]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+    nearest = [torch.cdist(q - centre, bank).topk(k, largest=False) for q in queries.split(1024)]
+    distances, rows = zip(*nearest, strict=True)
+    return torch.cat(distances), torch.cat(rows)
 
 
 def autocast(args):
     """bfloat16 on GPUs that have it (Ampere and later), float32 elsewhere or with --fp32."""
-    usable = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(args.device, torch.bfloat16, enabled=usable and not args.fp32)
+    cuda = args.device == "cuda" and not args.fp32
+    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(args.device, torch.bfloat16, enabled=native)
 
 
 def to_uint8(x):
@@ -370,14 +362,13 @@ def to_uint8(x):
 
 
 def match_levels(id_images, images):
-    """Images (B, H, W, 3) uint8 at the levels of the ID images: grey if those are, 17 levels for
-    digits.
+    """Images (B, H, W, 3) uint8 at the grey levels of the ID images, of which digits have 17.
 
     Else a detector could tell generated images by their levels, whatever they show.
     """
-    sample = np.asarray(id_images[:: len(id_images) // 100 + 1])
+    sample = id_images[:: len(id_images) // 100 + 1]
     if (sample == sample[..., :1]).all():
-        images = images.mean(3, keepdims=True).round().astype(np.uint8).repeat(3, axis=3)
+        images = images.mean(3, keepdims=True).round().astype(int).repeat(3, 3)
     levels = np.unique(sample)
     nearest = np.abs(np.arange(256)[:, None] - levels).argmin(1)
     return levels[nearest][images]
@@ -400,25 +391,24 @@ def load_stable_diffusion(checkpoint, device):
             checkpoint, safety_checker=None, requires_safety_checker=False
         )
     except Exception as error:  # the hub, diffusers and transformers raise of every kind
-        sys.exit(f"no Stable Diffusion in {checkpoint} ({error!r:.200}); give --diffusion another")
+        sys.exit(f"no Stable Diffusion in {checkpoint} ({error!r:.200}); give another --diffusion")
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    pipe.vae.enable_slicing()  # one image at a time takes memory enough
+    return pipe.to(device, torch.float32)
 
 
-def quadratic_steps(start, steps):
-    """At most `steps` timesteps from start to 0, denser near 0, where the last of the noise goes.
+def quadratic_steps(start, count):
+    """At most `count` timesteps from start to 0, denser near 0, where the last of the noise goes.
 
     20 of DPM-Solver++ follow the exact flow of narrow data (std 0.15) to 3 percent, evenly spaced
     to 22.
     """
-    steps = start * torch.linspace(1, 0, steps) ** 2
+    steps = start * torch.linspace(1, 0, count) ** 2
     return steps.round().int().unique().flip(0).tolist()
 
 
 def make_solver(schedule, args):
-    """The scheduler of --scheduler for pixels, where x_0 lies in [-1, 1], set to --steps from
-    noise.
-    """
+    """The solver of --scheduler for pixels, with x_0 in [-1, 1], set to --steps from noise."""
     T = schedule.config.num_train_timesteps
     if args.scheduler == "dpmpp":
         clip = {"thresholding": True, "sample_max_value": 1.0}
@@ -428,6 +418,11 @@ def make_solver(schedule, args):
     solver = SOLVERS[args.scheduler].from_config(schedule.config, skip_prk_steps=True)
     solver.set_timesteps(args.steps)
     return solver
+
+
+def in_float32(module, inputs, outputs):
+    """Hook: guidance and solver go on in float32, whatever autocast made of the UNet's output."""
+    return (outputs[0].float(),)
 
 
 def read_class_words(path):
@@ -444,9 +439,7 @@ def read_class_words(path):
 
 
 def class_slots(pipe, Gamma, args):
-    """Token numbers (C, 77) of the classes' prompts, and where the anchored token stands, (C, 77)
-    bool.
-    """
+    """Token numbers (C, 77) of the classes' prompts; (C, 77) True at the anchored token."""
     table = pipe.text_encoder.get_input_embeddings().weight.detach().cpu()
     words = read_class_words(args.dir / "class_words.txt")
     prompts = [args.prompt.replace("{class}", phrase) for _, phrase in words]
@@ -475,9 +468,7 @@ def tokenize(pipe, prompts):
 
 
 def load_inputs(args):
-    """Gamma (C, d), z (N, d), labels (N,), ID images; checked against each other and the
-    options.
-    """
+    """Gamma (C, d), z (N, d), labels (N,) and ID images, checked against each other."""
     writer = "train_text_encoder.py"
     Gamma = load_array(args.dir / "anchors.npy", (None, None), np.float32, writer)
     z = load_array(args.dir / "id_embeddings.npy", (None, Gamma.shape[1]), np.float32, writer)
@@ -516,14 +507,14 @@ def sample_all(Gamma, z, labels, args):
 
 
 def run_job(name, shape, make, args):
-    """<name>.npy of all make(rows), by blocks in .partial.<name>/, of which each process makes a
-    share.
-    """
+    """<name>.npy of all make(rows), by blocks in .partial.<name>/, dealt out to the processes."""
     job = args.dir / f".partial.{name}"
     complete = args.dir / f"{name}.json"
     options = json.dumps(plain_options(args) | {"batch_size": None}, indent=1)
-    if complete.exists() and complete.read_text() == options and not args.restart:
-        print(f"{name}.npy in {args.dir} is complete for these options; --restart makes it again")
+    finished = args.dir / f"{name}.npy"
+    same = finished.exists() and complete.exists() and complete.read_text() == options
+    if same and not args.restart:
+        print(f"{finished} is complete for these options; --restart makes it again")
         return
     if args.rank == 0:
         if args.restart:
@@ -538,12 +529,12 @@ def run_job(name, shape, make, args):
     paths = [job / f"{rows[0]}.npy" for rows in blocks]
     for i in tqdm(range(args.rank, len(blocks), args.world), name, disable=args.rank > 0):
         if not paths[i].exists():
-            parts = [make(rows.tolist()) for rows in blocks[i].split(args.batch_size)]
-            save(paths[i], np.concatenate(parts))
+            images = [make(rows.tolist()) for rows in blocks[i].split(args.batch_size)]
+            save(paths[i], np.concatenate(images))
     barrier()
     if args.rank == 0:
         write_images(job / "images", shape, map(np.load, paths))
-        os.replace(job / "images", args.dir / f"{name}.npy")
+        os.replace(job / "images", finished)
         save(complete, options)
         shutil.rmtree(job)
 
@@ -570,7 +561,7 @@ def pair_sheet(images, sources, rows, labels, captions):
         for left, right, i in zip(line[::2], line[1::2], shown, strict=False):
             left.imshow(sources[rows[i]])
             right.imshow(images[i])
-            right.set_title(captions[i], size=8, pad=2)
+            right.set_title(captions[i], size=8)
     for axis in axes.flat:
         axis.axis("off")
     return figure

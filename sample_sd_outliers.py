@@ -1,5 +1,4 @@
-"""Paper B, step 3: semantic-discrepant outliers. Half-noise an ID image, denoise it as a wrong
-class.
+"""Paper B, step 3: semantic-discrepant outliers. Half-noise an image, denoise it as a wrong class.
 
 For an image x with pseudo-label y~: draw c_r from the other classes, noise x to
 x_S = sqrt(abar_S) x + sqrt(1 - abar_S) eps, and denoise from S to 0 with
@@ -12,12 +11,10 @@ class-conditional and in pixel space. Killed at any time, the same command goes 
 same bytes; under torchrun the processes share the work.
 
 reads    train.npy (N, H, W, 3) uint8, pseudo_labels.npy (N,) int64, diffusion/; with Stable
-         Diffusion train.labels.npy and class_words.txt or data.json; --split test: test.npy and
-         its labels
+         Diffusion train.labels.npy and class_words.txt; --split test: test.npy, its labels
 writes   sd_outliers.npy (N, H, W, 3) uint8, sd_outliers.csv (index, source, y, c_r, seed),
-         sd_outliers.json (options), sd_outliers.png (sources, and right of each its outlier, y~
-         -> c_r); sd_reconstructions with --reconstruct (c_r := y~); names end in _test with
-         --split test
+         sd_outliers.json (options), sd_outliers.png (sources, and right of each its outlier);
+         sd_reconstructions with --reconstruct (c_r := y~); names end in _test with --split test
 
 python sample_sd_outliers.py                            # digits 0-5: 869 outliers in seconds
 python sample_sd_outliers.py --split test               # an OOD test set made of test images
@@ -31,6 +28,7 @@ import os
 import shutil
 import sys
 import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers
@@ -52,7 +50,7 @@ RECIPES = {
     "sampler": ("dpmpp", "DPM-Solver++ 2M, or ancestral in every step", "dpmpp", "ddpm"),
     "steps": (20, "dpmpp: steps from S to 0, at most"),
     "resize": ("area", "Stable Diffusion: filter down", "area", "bilinear", "nearest"),
-    "batch_size": ((256, 256, 32, 32), "images denoised at a time"),
+    "batch_size": ((256, 256, 32, 32), "images denoised at a time, at most 256"),
 }
 # fmt: on
 
@@ -69,8 +67,7 @@ def guided_noise(unet, x_t, t, c, null, w):
     x_t (B, C, H, W): pixels or latents; c, null (B, ...): conditions, and the one that stands for
     none.
     """
-    both = unet(torch.cat([x_t, x_t]), t, torch.cat([c, null])).sample.float()
-    eps_c, eps = both.chunk(2)
+    eps_c, eps = unet(torch.cat([x_t, x_t]), t, torch.cat([c, null])).sample.float().chunk(2)
     return (1 + w) * eps_c - w * eps
 
 
@@ -93,9 +90,7 @@ def half_noise_and_denoise(unet, schedule, x, c, null, seeds, args):
 
 
 def class_sampler(args):
-    """sample(x, c_r, seeds) on images in [-1, 1] by the class-conditional model; its schedule;
-    C.
-    """
+    """sample(x, c_r, seeds) on images in [-1, 1] by our own generator; its schedule; C."""
     unet, schedule = load_diffusion(args.dir / "diffusion", args.device)
     null = unet.config.num_class_embeds - 1
 
@@ -108,12 +103,11 @@ def class_sampler(args):
 
 
 def text_sampler(args):
-    """The same by Stable Diffusion: latents of the images, and prompts of the classes as
-    conditions.
-    """
+    """The same by Stable Diffusion: latents for images, prompts of the classes for c_r."""
     pipe = load_stable_diffusion(args.diffusion, args.device)
     schedule = diffusers.DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    prompts = [args.prompt.replace("{class}", phrase) for phrase in class_phrases(args)]
+    words = read_class_words(args.dir / "class_words.txt")
+    prompts = [args.prompt.replace("{class}", phrase) for _, phrase in words]
     scale = pipe.vae.config.scaling_factor
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
 
@@ -150,7 +144,13 @@ def parse_args():
 def main():
     args = parse_args()
     start(args)
-    sample, schedule, classes = (text_sampler if args.diffusion else class_sampler)(args)
+    if args.diffusion:
+        sample, schedule, classes = text_sampler(args)
+        args.inputs = []
+    else:
+        sample, schedule, classes = class_sampler(args)
+        weights = args.dir / "diffusion" / "unet" / "diffusion_pytorch_model.safetensors"
+        args.inputs = fingerprint(np.memmap(weights, np.uint8, "r"))
     abar_S = schedule.alphas_cumprod[args.S].item()
     print(f"S = {args.S}: abar_S = {abar_S:.4f}, std of the noise {math.sqrt(1 - abar_S):.3f}")
     images, y = load_sources(classes, args)
@@ -161,7 +161,7 @@ def main():
     name = "sd_reconstructions" if args.reconstruct else "sd_outliers"
     if args.split == "test":
         name += "_test"
-    args.inputs = fingerprint(images, y)
+    args.inputs += fingerprint(images, y)
 
     def make(rows):
         x = to_float(torch.from_numpy(images[rows]).to(args.device))
@@ -206,7 +206,7 @@ def recipe_parser(default="digits"):
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator().type
     parser.add_argument("--device", choices=(device, "cpu"), default=device, help="torch device")
-    parser.add_argument("--help", action="help", help="show this and exit")
+    parser.add_argument("--help", action="help")
     for option, (value, text, *choices) in RECIPES.items():
         if isinstance(value, tuple):
             value = value[COLUMNS.index(recipe)]
@@ -232,7 +232,7 @@ def start(args):
     if args.world > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group()
+        torch.distributed.init_process_group(timeout=timedelta(days=1))
     if args.rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     print("options", vars(args))
@@ -245,9 +245,7 @@ def barrier():
 
 
 def save(path, content):
-    """Write a .npy, .pt, .png or text file under a temporary name, then rename it: all or
-    nothing.
-    """
+    """Write a .npy, .pt, .png or text file under a temporary name, then rename it."""
     temporary = path.with_name(f".partial.{path.name}")
     if path.suffix == ".npy":
         np.save(temporary, content)
@@ -288,16 +286,15 @@ def fingerprint(*arrays):
 
 
 def seed_of(*key):
-    """Seed for (seed, stage, step, ...) or (seed, image): 32 bits, all that torch's generator
-    takes.
-    """
+    """Seed for (seed, stage, step, ...) or (seed, image): 32 bits, no generator takes more."""
     return zlib.crc32(repr(key).encode())
 
 
 def autocast(args):
     """bfloat16 on GPUs that have it (Ampere and later), float32 elsewhere or with --fp32."""
-    usable = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(args.device, torch.bfloat16, enabled=usable and not args.fp32)
+    cuda = args.device == "cuda" and not args.fp32
+    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(args.device, torch.bfloat16, enabled=native)
 
 
 def to_float(images):
@@ -312,14 +309,13 @@ def to_uint8(x):
 
 
 def match_levels(id_images, images):
-    """Images (B, H, W, 3) uint8 at the levels of the ID images: grey if those are, 17 levels for
-    digits.
+    """Images (B, H, W, 3) uint8 at the grey levels of the ID images, of which digits have 17.
 
     Else a detector could tell generated images by their levels, whatever they show.
     """
-    sample = np.asarray(id_images[:: len(id_images) // 100 + 1])
+    sample = id_images[:: len(id_images) // 100 + 1]
     if (sample == sample[..., :1]).all():
-        images = images.mean(3, keepdims=True).round().astype(np.uint8).repeat(3, axis=3)
+        images = images.mean(3, keepdims=True).round().astype(int).repeat(3, 3)
     levels = np.unique(sample)
     nearest = np.abs(np.arange(256)[:, None] - levels).argmin(1)
     return levels[nearest][images]
@@ -342,9 +338,10 @@ def load_stable_diffusion(checkpoint, device):
             checkpoint, safety_checker=None, requires_safety_checker=False
         )
     except Exception as error:  # the hub, diffusers and transformers raise of every kind
-        sys.exit(f"no Stable Diffusion in {checkpoint} ({error!r:.200}); give --diffusion another")
+        sys.exit(f"no Stable Diffusion in {checkpoint} ({error!r:.200}); give another --diffusion")
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    pipe.vae.enable_slicing()  # one image at a time takes memory enough
+    return pipe.to(device, torch.float32)
 
 
 def tokenize(pipe, prompts):
@@ -355,20 +352,18 @@ def tokenize(pipe, prompts):
     return tokens.input_ids.to(pipe.device)
 
 
-def quadratic_steps(start, steps):
-    """At most `steps` timesteps from start to 0, denser near 0, where the last of the noise goes.
+def quadratic_steps(start, count):
+    """At most `count` timesteps from start to 0, denser near 0, where the last of the noise goes.
 
     20 of DPM-Solver++ follow the exact flow of narrow data (std 0.15) to 3 percent, evenly spaced
     to 22.
     """
-    steps = start * torch.linspace(1, 0, steps) ** 2
+    steps = start * torch.linspace(1, 0, count) ** 2
     return steps.round().int().unique().flip(0).tolist()
 
 
 def partial_solver(schedule, args):
-    """The scheduler of --sampler, set to the steps from S to 0; x_0 of pixels is clipped to [-1,
-    1].
-    """
+    """The solver of --sampler, set to the steps from S to 0; x_0 of pixels stays in [-1, 1]."""
     pixels = not args.diffusion
     if args.sampler == "ddpm":
         solver = diffusers.DDPMScheduler.from_config(schedule.config, clip_sample=pixels)
@@ -393,15 +388,6 @@ def read_class_words(path):
     return words
 
 
-def class_phrases(args):
-    """Phrases of the classes for the prompt, from class_words.txt, else the names of data.json."""
-    path = args.dir / "class_words.txt"
-    names = read_description(args.dir).get("classes")
-    if names and not path.exists():
-        return [name.replace("_", " ") for name in names]
-    return [phrase for _, phrase in read_class_words(path)]
-
-
 def load_sources(classes, args):
     """Images (N, H, W, 3) of --split and their labels y (N,), which the generator knows."""
     writer = "train_scan_diffusion.py"
@@ -416,14 +402,14 @@ def load_sources(classes, args):
 
 
 def run_job(name, shape, make, args):
-    """<name>.npy of all make(rows), by blocks in .partial.<name>/, of which each process makes a
-    share.
-    """
+    """<name>.npy of all make(rows), by blocks in .partial.<name>/, dealt out to the processes."""
     job = args.dir / f".partial.{name}"
     complete = args.dir / f"{name}.json"
     options = json.dumps(plain_options(args) | {"batch_size": None}, indent=1)
-    if complete.exists() and complete.read_text() == options and not args.restart:
-        print(f"{name}.npy in {args.dir} is complete for these options; --restart makes it again")
+    finished = args.dir / f"{name}.npy"
+    same = finished.exists() and complete.exists() and complete.read_text() == options
+    if same and not args.restart:
+        print(f"{finished} is complete for these options; --restart makes it again")
         return
     if args.rank == 0:
         if args.restart:
@@ -438,12 +424,12 @@ def run_job(name, shape, make, args):
     paths = [job / f"{rows[0]}.npy" for rows in blocks]
     for i in tqdm(range(args.rank, len(blocks), args.world), name, disable=args.rank > 0):
         if not paths[i].exists():
-            parts = [make(rows.tolist()) for rows in blocks[i].split(args.batch_size)]
-            save(paths[i], np.concatenate(parts))
+            images = [make(rows.tolist()) for rows in blocks[i].split(args.batch_size)]
+            save(paths[i], np.concatenate(images))
     barrier()
     if args.rank == 0:
         write_images(job / "images", shape, map(np.load, paths))
-        os.replace(job / "images", args.dir / f"{name}.npy")
+        os.replace(job / "images", finished)
         save(complete, options)
         shutil.rmtree(job)
 
@@ -470,7 +456,7 @@ def pair_sheet(images, sources, rows, labels, captions):
         for left, right, i in zip(line[::2], line[1::2], shown, strict=False):
             left.imshow(sources[rows[i]])
             right.imshow(images[i])
-            right.set_title(captions[i], size=8, pad=2)
+            right.set_title(captions[i], size=8)
     for axis in axes.flat:
         axis.axis("off")
     return figure

@@ -1,5 +1,4 @@
-"""The detectors of both papers and their baseline: plain cross-entropy, DREAM-OOD, DREAM-ID, SD
-outliers.
+"""The detectors of both papers, DREAM-OOD, DREAM-ID and SD outliers, and their baselines.
 
 ce        CE on ID images: the baseline.
 dream     Paper A: CE(g_in(f(x)), y) + beta CE(phi(E(x)), 1[x is ID]), E the negative free energy;
@@ -10,10 +9,10 @@ sd        Paper B: CE(g_bin, I) + (1 - I) CE(g_in, y) + I lam CE(g_out, y), I = 
 frozen    A network as it is: SimCLR's of scan.pt, or a vision transformer (vit:ID, hub id or
           folder).
 
-reads    train.npy (N, H, W, 3) uint8 with train.labels.npy, or without labels pseudo_labels.npy
-         (ce, dream) or id_labels.npy (dream-id); outliers.npy (dream), inliers.npy and
-         inlier_labels.npy (dream-id), sd_outliers.npy and .csv (sd), sd_reconstructions.npy (sd
-         with --reconstructions), scan.pt (frozen)
+reads    train.npy (N, H, W, 3) uint8; train.labels.npy, or without it pseudo_labels.npy (ce, dream,
+         frozen); outliers.npy (dream); inliers.npy, inlier_labels.npy, id_labels.npy (dream-id);
+         sd_outliers.npy and .csv (sd), sd_reconstructions.npy (sd with --reconstructions);
+         scan.pt (frozen)
 writes   classifier_{ce,dream,dream-id,sd,frozen}.pt: weights of f, heads and phi, and what
          rebuilds them
 
@@ -29,6 +28,7 @@ import os
 import sys
 import time
 import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
+ARCHS = ("small", "resnet18", "resnet34", "resnet18-imagenet", "resnet34-imagenet")
 # option: (value, or one for each of COLUMNS), help[, choices]. cifar100, imagenet100: paper A as
 # released; the ce that imagenet100 starts from is trained like dream-id. cifar10: as cifar100;
 # sd: paper B's lineage.
@@ -67,14 +68,14 @@ RECIPES = {
     "sd_arch": (("small", VIT, VIT, VIT), "sd: network"),
     "freeze_blocks": (6, "sd: first blocks of a transformer that are kept as they are"),
     "sd_epochs": ((40, 30, 30, 30), "sd: epochs"),
-    "sd_batch_size": ((64, 16, 16, 16), "sd: ID images per step"),
+    "sd_batch_size": ((64, 8, 8, 8), "sd: ID images per step"),
     "sd_lr": ((0.1, 4e-4, 4e-4, 4e-4), "sd: learning rate"),
     "sd_weight_decay": ((5e-4, 5e-5, 5e-5, 5e-5), "sd: weight decay"),
     "sd_momentum": ((0.9, 0.0, 0.0, 0.0), "sd: Nesterov momentum"),
     "sd_schedule": (("cosine", "constant", "constant", "constant"), "sd: its course"),
     "frozen_arch": ("pretext", "frozen: pretext or backbone of scan.pt, or vit:ID"),
     "crop": ((0, 0, 0, 224), "views: px, 0 for whole images"),
-    "area": ((0.8, 1.0, 1.0, 0.08), "views: least share of the image that is seen"),
+    "area": ((1.0, 1.0, 1.0, 0.08), "views: least share of the image that is seen"),
     "shift": ((1, 4, 4, 0), "views: largest shift, px"),
     "degrees": ((10, 0, 0, 0), "views: largest turn, degrees"),
     "flip": ((0, 1, 1, 1), "views: 1 if a mirrored image keeps its class"),
@@ -95,9 +96,7 @@ def dream_loss(logits, labels, is_id, phi, beta):
 
 
 def sd_loss(logits, labels, indicator, lam):
-    """Paper B: mean of CE(g_bin, I) + (1 - I) CE(g_in, y) + I lam CE(g_out, y); I (B,): 1 for
-    outliers.
-    """
+    """Paper B: CE(g_bin, I) + (1 - I) CE(g_in, y) + I lam CE(g_out, y); I (B,): 1 if outlier."""
     binary = F.cross_entropy(logits["g_bin"], indicator, reduction="none")
     inner = F.cross_entropy(logits["g_in"], labels, reduction="none")
     outer = F.cross_entropy(logits["g_out"], labels, reduction="none")
@@ -123,8 +122,6 @@ class Detector(nn.Module):
         if method == "dream":
             hidden = [nn.Linear(1, phi_hidden), nn.ReLU()] if phi_hidden else []
             self.phi = nn.Sequential(*hidden, nn.Linear(phi_hidden or 1, 2))
-            # a linear phi starts with w_1 > w_0: nothing in the loss would turn a wrong slope
-            self.phi[0].weight.data = self.phi[0].weight.data.sort(0).values
 
     def forward(self, x):
         """Features (B, D) and the logits of every head, by name."""
@@ -133,9 +130,7 @@ class Detector(nn.Module):
 
 
 def train(method, data, classes, args):
-    """One detector on data: ID images and labels (N,), outliers or inliers and their labels, or
-    None.
-    """
+    """One detector, on ID images and labels (N,), and others with labels (M,), or None."""
     images, labels, others, other_labels = data
     torch.manual_seed(seed_of(args.seed, method))
     net = Detector(method, args.arch, classes, args.phi_hidden, args.vit)
@@ -203,9 +198,8 @@ def main():
     start(args)
     digest = read_description(args.dir).get("digest")
     options = {method: options_of(method, args) for method in args.method}
-    data = {
-        method: load_data(method, args) for method in args.method
-    }  # checked before any training
+    # all inputs are checked before any training
+    data = {method: load_data(method, args) for method in args.method}
     for method, own in options.items():
         labels = data[method][1]
         classes = int(labels.max()) + 1
@@ -224,8 +218,9 @@ def main():
         }
         if args.rank == 0:
             save(args.dir / f"classifier_{method}.pt", content)
-        drop_checkpoints([f"classifier_{method}"], args)
+        barrier()  # dream may start from the ce that the first process wrote
         print(f"wrote classifier_{method}.pt to {args.dir}")
+    drop_checkpoints([f"classifier_{method}" for method in options], args)
     print(f"next: python evaluate.py --dir {args.dir}, with --ood-data SET ... but for digits")
 
 
@@ -234,7 +229,7 @@ def main():
 COLUMNS = ("digits", "cifar10", "cifar100", "imagenet100")  # of RECIPES
 CHECKPOINT_SECONDS = 60
 INPUTS = {  # what a method needs, beside train.npy and labels
-    "ce": ["train.npy"],
+    "ce": [],
     "dream": ["outliers.npy"],
     "dream-id": ["inliers.npy", "inlier_labels.npy", "id_labels.npy"],
     "sd": ["sd_outliers.npy", "sd_outliers.csv"],
@@ -262,7 +257,7 @@ def recipe_parser(default="digits"):
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator().type
     parser.add_argument("--device", choices=(device, "cpu"), default=device, help="torch device")
-    parser.add_argument("--help", action="help", help="show this and exit")
+    parser.add_argument("--help", action="help")
     for option, (value, text, *choices) in RECIPES.items():
         if isinstance(value, tuple):
             value = value[COLUMNS.index(recipe)]
@@ -288,7 +283,7 @@ def start(args):
     if args.world > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group()
+        torch.distributed.init_process_group(timeout=timedelta(days=1))
     if args.rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     print("options", vars(args))
@@ -301,9 +296,7 @@ def barrier():
 
 
 def save(path, content):
-    """Write a .npy, .pt, .png or text file under a temporary name, then rename it: all or
-    nothing.
-    """
+    """Write a .npy, .pt, .png or text file under a temporary name, then rename it."""
     temporary = path.with_name(f".partial.{path.name}")
     if path.suffix == ".npy":
         np.save(temporary, content)
@@ -352,9 +345,7 @@ def fingerprint(*arrays):
 
 
 def seed_of(*key):
-    """Seed for (seed, stage, step, ...) or (seed, image): 32 bits, all that torch's generator
-    takes.
-    """
+    """Seed for (seed, stage, step, ...) or (seed, image): 32 bits, no generator takes more."""
     return zlib.crc32(repr(key).encode())
 
 
@@ -382,15 +373,13 @@ def training_steps(stage, count, size, steps, state, args):
             bar.write(f"{stage} step {done} of {steps}, loss {loss:.4f}")
         due = time.monotonic() - saved >= CHECKPOINT_SECONDS
         if args.rank == 0 and (due or done == steps):
-            parts = {name: part.state_dict() for name, part in state.items() if name != "loss"}
-            save(path, {"options": plain_options(args), "step": done, "parts": parts})
+            held = {name: part.state_dict() for name, part in state.items() if name != "loss"}
+            save(path, {"options": plain_options(args), "step": done, "state": held})
             saved = time.monotonic()
 
 
 def batch_rows(count, size, step, *key):
-    """Rows (size,) of batch number `step`; each pass over all `count` rows has an order of its
-    own.
-    """
+    """Rows (size,) of batch number `step`; each pass over `count` rows has its own order."""
     batches = max(1, count // size)
     generator = torch.Generator().manual_seed(seed_of(*key, step // batches))
     order = torch.randperm(count, generator=generator)
@@ -410,7 +399,7 @@ def load_checkpoint(path, state, args):
         if before != value:
             sys.exit(f"{path} has {name} {before}, not {value}; give that, or --restart")
     for name, part in state.items():
-        part.load_state_dict(held["parts"][name])
+        part.load_state_dict(held["state"][name])
     print(f"going on from step {held['step']} of {path}")
     return held["step"]
 
@@ -419,7 +408,7 @@ def drop_checkpoints(stages, args):
     """Remove the checkpoints of finished stages."""
     barrier()
     for stage in stages:
-        (args.dir / f".checkpoint.{stage}.pt").unlink(missing_ok=True)
+        Path(args.dir, f".checkpoint.{stage}.pt").unlink(missing_ok=True)
 
 
 def distribute(net, args):
@@ -434,8 +423,9 @@ def distribute(net, args):
 
 def autocast(args):
     """bfloat16 on GPUs that have it (Ampere and later), float32 elsewhere or with --fp32."""
-    usable = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(args.device, torch.bfloat16, enabled=usable and not args.fp32)
+    cuda = args.device == "cuda" and not args.fp32
+    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(args.device, torch.bfloat16, enabled=native)
 
 
 def build_backbone(arch):
@@ -472,24 +462,20 @@ def to_float(images):
 def random_view(images, args):
     """Random view (B, 3, side, side) in [-1, 1] of images (B, H, W, 3) uint8, each by its own draw.
 
-    A box of at least --area of the image and ratio 3/4 to 4/3 (RandomResizedCrop), or all of it
-    moved by whole pixels (padded RandomCrop), up to --shift outside, turned by up to --degrees,
-    mirrored if --flip.
+    A box of at least --area of the image and ratio 3/4 to 4/3 (RandomResizedCrop), moved by whole
+    pixels up to --shift (padded RandomCrop), turned by up to --degrees, mirrored if --flip.
     """
     x = to_float(images) + 1  # 0 is black, which comes in from outside
-    half = x.shape[3] / 2
-    u = 2 * torch.rand(6, len(x), device=x.device) - 1
+    u = 2 * torch.rand(8, len(x), device=x.device) - 1
     area = args.area + (1 - args.area) * u[0].abs()
     stretch = torch.exp(u[1] * (-area.log()).clamp(max=math.log(4 / 3)) / 2)
     box = torch.stack([area.sqrt() * stretch, area.sqrt() / stretch])  # width, height
-    offset = u[2:4] * ((1 - box) * half + args.shift)
-    if args.area == 1:
-        offset = offset.round()
-    dx, dy = offset / half
+    shift = (u[2:4] * (args.shift + 0.5)).round() * 2 / x.shape[3]
+    dx, dy = u[4:6] * (1 - box) + shift
     w, h = box
     if args.flip:
-        w = w * u[4].sign()
-    angle = u[5] * math.radians(args.degrees)
+        w = w * u[6].sign()
+    angle = u[7] * math.radians(args.degrees)
     theta = [w * angle.cos(), -h * angle.sin(), dx, w * angle.sin(), h * angle.cos(), dy]
     side = args.crop or x.shape[3]
     shape = (len(x), 3, side, side)
@@ -535,9 +521,7 @@ def read_vit(arch):
 
 
 def load_vit(f, arch, freeze_blocks):
-    """Weights of vit:ID into the VisionTransformer f; its first blocks and unused parts are not
-    trained.
-    """
+    """Weights of vit:ID for f; its first blocks and its unused parts will not be trained."""
     try:
         name = arch.removeprefix("vit:")
         model, info = AutoModel.from_pretrained(name, output_loading_info=True)
@@ -557,14 +541,14 @@ def load_vit(f, arch, freeze_blocks):
 
 
 def load_start(net, method, args):
-    """Weights that net does not start at random with: of vit:ID, of scan.pt, or of
-    classifier_ce.pt.
-    """
+    """Weights that do not start at random: of vit:ID, of scan.pt or of classifier_ce.pt."""
     if args.vit:
         load_vit(net.f, args.arch, args.freeze_blocks)
     elif method == "frozen":
         held = load_weights(args.dir / "scan.pt", "cpu", "run train_scan_diffusion.py")
         net.f.load_state_dict(held[args.frozen_arch])
+    if method == "dream":  # w_1 > w_0: nothing in the loss would turn the slope of a linear phi
+        net.phi[0].weight.data = net.phi[0].weight.data.sort(0).values
     if method == "dream" and args.init == "ce":
         path = args.dir / "classifier_ce.pt"
         held = load_weights(path, "cpu", "run --method ce first, or give --init random")
@@ -595,6 +579,9 @@ def options_of(method, args):
             own[name.removeprefix(f"{method}_")] = value
     own = argparse.Namespace(**own)
     own.vit = read_vit(own.arch) if own.arch.startswith("vit:") else None
+    known = ("pretext", "backbone") if method == "frozen" else ARCHS
+    if not own.vit and own.arch not in known:
+        sys.exit(f"{method} knows no --arch {own.arch}; give {', '.join(known)} or vit:ID")
     if method == "frozen" and not own.vit:
         held = load_weights(args.dir / "scan.pt", "cpu", "run train_scan_diffusion.py")
         own.arch = held["config"]["arch"]
@@ -618,7 +605,9 @@ def load_data(method, args):
     if method == "sd":
         others = load_images(args.dir / "sd_outliers.npy", images, "sample_sd_outliers.py")
         labels = args.dir / "sd_outliers.csv"
-        other_labels = read_labels(labels, others, args)
+        other_labels = read_labels(labels, images, args)
+        if len(others) != len(images):
+            sys.exit(f"sd_outliers.npy has {len(others)} images; run sample_sd_outliers.py again")
         if args.reconstructions:
             writer = "sample_sd_outliers.py --reconstruct"
             copies = load_images(args.dir / "sd_reconstructions.npy", images, writer)
@@ -627,9 +616,7 @@ def load_data(method, args):
 
 
 def load_images(path, like, writer):
-    """Images (N, H, W, 3) uint8 over the memory map of their file, of the size of others, if
-    given.
-    """
+    """Images (N, H, W, 3) uint8 over the memory map of a file, of the size of `like`, if any."""
     side = None if like is None else like.shape[1]
     return torch.from_numpy(load_array(path, (None, side, side, 3), np.uint8, writer))
 

@@ -24,6 +24,7 @@ import shutil
 import sys
 import time
 import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,8 @@ RECIPES = {
     "clusters": (0, "SCAN: clusters C, 0 for the data set's number of classes"),
     "data": (("digits:0-5", "cifar10", "cifar100", "data/imagenet100"), "ID data, NAME[:CLASSES]"),
     "image_size": ((8, 32, 32, 256), "stored height and width of images, px"),
-    "arch": (("small", "resnet18", "resnet18", "resnet34-imagenet"), "clustering network"),
+    "arch": (("small", "resnet18", "resnet18", "resnet34-imagenet"), "clustering network",
+        "small", "resnet18", "resnet34", "resnet18-imagenet", "resnet34-imagenet"),
     "crop": ((0, 0, 0, 224), "views: px, 0 for whole images"),
     "area": ((0.7, 0.2, 0.2, 0.2), "views: least share of the image that is seen"),
     "shift": ((1, 0, 0, 0), "views: largest shift, px"),
@@ -148,20 +150,19 @@ def train_simclr(images, args):
     return backbone, F.normalize(predict(net, images, args))
 
 
-def train_scan(backbone, neighbours, images, classes, start, args):
-    """SCAN, step 3: an image and a random neighbour (N, K) agree, the mean prediction stays
-    spread out.
+def train_scan(backbone, neighbours, images, classes, attempt, args):
+    """SCAN, step 3: an image and one of its neighbours (N, K) agree, clusters stay spread out.
 
     Returns the clustering network, its logits (N, C) and its SCAN loss on the images as they are.
     """
-    torch.manual_seed(seed_of(args.seed, "scan", start))
+    torch.manual_seed(seed_of(args.seed, "scan", attempt))
     net = nn.Sequential(copy.deepcopy(backbone), nn.Linear(backbone.width, classes))
     forward = distribute(net, args)
     size = args.scan_batch
     steps = args.scan_epochs * max(1, len(images) // size)
     optimizer = torch.optim.Adam(net.parameters(), args.scan_lr, weight_decay=1e-4)
     state = {"net": net, "optimizer": optimizer}
-    for _, index in training_steps(f"scan-{start}", len(images), size, steps, state, args):
+    for _, index in training_steps(f"scan-{attempt}", len(images), size, steps, state, args):
         one = torch.randint(args.K, (len(index),))
         pairs = torch.cat([index, neighbours[index, one]])
         x = strong_view(images[pairs].to(args.device), args)
@@ -205,7 +206,7 @@ def train_selflabel(net, images, args):
         (loss * args.world).backward()
         optimizer.step()
         state["loss"] = loss.detach()
-    print(f"self-labelling left out {skipped} of {steps} steps, without a confident image")
+    print(f"self-labelling left out {skipped} steps that had no confident image")
 
 
 def find_clusters(images, labels, classes, args):
@@ -217,8 +218,8 @@ def find_clusters(images, labels, classes, args):
     neighbours = knn(z, z, args.K + 1)[1][:, 1:]
     neighbours = neighbours.cpu().sort(1).values  # an order that rounding does not change
     best = math.inf
-    for start in range(1, args.starts + 1):
-        candidate, logits, loss = train_scan(pretext, neighbours, images, classes, start, args)
+    for attempt in range(1, args.starts + 1):
+        candidate, logits, loss = train_scan(pretext, neighbours, images, classes, attempt, args)
         report(f"3 SCAN loss {loss:.3f}", logits.argmax(1).cpu().numpy(), labels, classes)
         if loss < best:
             best = loss
@@ -254,8 +255,8 @@ def scan_labels(train, test, known, classes, args):
         networks = {"backbone": net[0], "head": net[1], "pretext": pretext}
         weights = {name: network.state_dict() for name, network in networks.items()}
         save(path, weights | {"labels": arrays, "config": options})
-    starts = [f"scan-{start}" for start in range(1, args.starts + 1)]
-    drop_checkpoints(["simclr", *starts, "selflabel"], args)
+    attempts = [f"scan-{n}" for n in range(1, args.starts + 1)]
+    drop_checkpoints(["simclr", *attempts, "selflabel"], args)
     return arrays
 
 
@@ -312,7 +313,9 @@ def parse_args():
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 on GPUs that have it")
     args = parser.parse_args()
     if not given:
-        args.data = read_description(args.dir).get("data", args.data)
+        by_hand = (args.dir / "train.npy").exists()
+        kept = read_description(args.dir).get("data", ARRAYS if by_hand else args.data)
+        args.data = kept
     return args
 
 
@@ -323,7 +326,7 @@ def main():
     if args.until == "data":
         print(f"wrote {args.data} to {args.dir}; next: train_text_encoder.py --diffusion ID")
         return
-    known_classes = len(data["classes"] or [])
+    known_classes = len(data["classes"])
     classes = args.clusters or known_classes
     if classes < 2 or (args.labels == "dataset" and classes != known_classes):
         sys.exit(f"{args.data} has {known_classes} classes; give --clusters with --labels scan")
@@ -382,7 +385,8 @@ TORCHVISION = {  # data sets of torchvision, by name; split is train or test
         root, "val", True, not Path(root, "val_256").exists(), transform=fit
     ),
 }
-WHOLE = ("digits", "patches", "textures", "places365")  # without parts for training and testing
+PARTED = ("cifar10", "cifar100", "svhn")  # with parts for training and testing
+ARRAYS = "arrays"  # the name of data that was put into --dir by hand
 
 
 def recipe_parser(default="digits"):
@@ -405,7 +409,7 @@ def recipe_parser(default="digits"):
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator().type
     parser.add_argument("--device", choices=(device, "cpu"), default=device, help="torch device")
-    parser.add_argument("--help", action="help", help="show this and exit")
+    parser.add_argument("--help", action="help")
     for option, (value, text, *choices) in RECIPES.items():
         if isinstance(value, tuple):
             value = value[COLUMNS.index(recipe)]
@@ -431,7 +435,7 @@ def start(args):
     if args.world > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group()
+        torch.distributed.init_process_group(timeout=timedelta(days=1))
     if args.rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     print("options", vars(args))
@@ -444,9 +448,7 @@ def barrier():
 
 
 def save(path, content):
-    """Write a .npy, .pt, .png or text file under a temporary name, then rename it: all or
-    nothing.
-    """
+    """Write a .npy, .pt, .png or text file under a temporary name, then rename it."""
     temporary = path.with_name(f".partial.{path.name}")
     if path.suffix == ".npy":
         np.save(temporary, content)
@@ -495,22 +497,17 @@ def fingerprint(*arrays):
 
 
 def seed_of(*key):
-    """Seed for (seed, stage, step, ...) or (seed, image): 32 bits, all that torch's generator
-    takes.
-    """
+    """Seed for (seed, stage, step, ...) or (seed, image): 32 bits, no generator takes more."""
     return zlib.crc32(repr(key).encode())
 
 
 def knn(queries, bank, k):
-    """Distances and rows (N, k) of the k nearest of bank (M, d) to queries (N, d), nearest
-    first.
-    """
+    """Distances and rows (N, k), nearest first, of the bank (M, d) around queries (N, d)."""
     centre = bank.mean(0)  # a large common offset would cost cdist its digits
     bank = bank - centre
-    parts = [
-        torch.cdist(some - centre, bank).topk(k, largest=False) for some in queries.split(1024)
-    ]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+    nearest = [torch.cdist(q - centre, bank).topk(k, largest=False) for q in queries.split(1024)]
+    distances, rows = zip(*nearest, strict=True)
+    return torch.cat(distances), torch.cat(rows)
 
 
 def training_steps(stage, count, size, steps, state, args):
@@ -537,15 +534,13 @@ def training_steps(stage, count, size, steps, state, args):
             bar.write(f"{stage} step {done} of {steps}, loss {loss:.4f}")
         due = time.monotonic() - saved >= CHECKPOINT_SECONDS
         if args.rank == 0 and (due or done == steps):
-            parts = {name: part.state_dict() for name, part in state.items() if name != "loss"}
-            save(path, {"options": plain_options(args), "step": done, "parts": parts})
+            held = {name: part.state_dict() for name, part in state.items() if name != "loss"}
+            save(path, {"options": plain_options(args), "step": done, "state": held})
             saved = time.monotonic()
 
 
 def batch_rows(count, size, step, *key):
-    """Rows (size,) of batch number `step`; each pass over all `count` rows has an order of its
-    own.
-    """
+    """Rows (size,) of batch number `step`; each pass over `count` rows has its own order."""
     batches = max(1, count // size)
     generator = torch.Generator().manual_seed(seed_of(*key, step // batches))
     order = torch.randperm(count, generator=generator)
@@ -565,7 +560,7 @@ def load_checkpoint(path, state, args):
         if before != value:
             sys.exit(f"{path} has {name} {before}, not {value}; give that, or --restart")
     for name, part in state.items():
-        part.load_state_dict(held["parts"][name])
+        part.load_state_dict(held["state"][name])
     print(f"going on from step {held['step']} of {path}")
     return held["step"]
 
@@ -574,7 +569,7 @@ def drop_checkpoints(stages, args):
     """Remove the checkpoints of finished stages."""
     barrier()
     for stage in stages:
-        (args.dir / f".checkpoint.{stage}.pt").unlink(missing_ok=True)
+        Path(args.dir, f".checkpoint.{stage}.pt").unlink(missing_ok=True)
 
 
 def distribute(net, args):
@@ -602,8 +597,9 @@ def gather(x, args):
 
 def autocast(args):
     """bfloat16 on GPUs that have it (Ampere and later), float32 elsewhere or with --fp32."""
-    usable = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(args.device, torch.bfloat16, enabled=usable and not args.fp32)
+    cuda = args.device == "cuda" and not args.fp32
+    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(args.device, torch.bfloat16, enabled=native)
 
 
 @torch.no_grad()
@@ -649,9 +645,7 @@ def to_float(images):
 
 
 def plain_view(images, args):
-    """Images (B, H, W, 3) uint8 as they are, cropped at the centre: (B, 3, side, side) in [-1,
-    1].
-    """
+    """(B, H, W, 3) uint8 -> (B, 3, side, side) in [-1, 1], cropped at the centre if at all."""
     x = to_float(images)
     return v2.functional.center_crop(x, args.crop) if args.crop else x
 
@@ -659,24 +653,20 @@ def plain_view(images, args):
 def random_view(images, args):
     """Random view (B, 3, side, side) in [-1, 1] of images (B, H, W, 3) uint8, each by its own draw.
 
-    A box of at least --area of the image and ratio 3/4 to 4/3 (RandomResizedCrop), or all of it
-    moved by whole pixels (padded RandomCrop), up to --shift outside, turned by up to --degrees,
-    mirrored if --flip.
+    A box of at least --area of the image and ratio 3/4 to 4/3 (RandomResizedCrop), moved by whole
+    pixels up to --shift (padded RandomCrop), turned by up to --degrees, mirrored if --flip.
     """
     x = to_float(images) + 1  # 0 is black, which comes in from outside
-    half = x.shape[3] / 2
-    u = 2 * torch.rand(6, len(x), device=x.device) - 1
+    u = 2 * torch.rand(8, len(x), device=x.device) - 1
     area = args.area + (1 - args.area) * u[0].abs()
     stretch = torch.exp(u[1] * (-area.log()).clamp(max=math.log(4 / 3)) / 2)
     box = torch.stack([area.sqrt() * stretch, area.sqrt() / stretch])  # width, height
-    offset = u[2:4] * ((1 - box) * half + args.shift)
-    if args.area == 1:
-        offset = offset.round()
-    dx, dy = offset / half
+    shift = (u[2:4] * (args.shift + 0.5)).round() * 2 / x.shape[3]
+    dx, dy = u[4:6] * (1 - box) + shift
     w, h = box
     if args.flip:
-        w = w * u[4].sign()
-    angle = u[5] * math.radians(args.degrees)
+        w = w * u[6].sign()
+    angle = u[7] * math.radians(args.degrees)
     theta = [w * angle.cos(), -h * angle.sin(), dx, w * angle.sin(), h * angle.cos(), dy]
     side = args.crop or x.shape[3]
     shape = (len(x), 3, side, side)
@@ -727,43 +717,57 @@ def strong_view(images, args):
 def prepare_data(args):
     """Put the ID data into --dir, once, by the first process; returns data.json."""
     held = read_description(args.dir)
-    if held and held["data"] != args.data:
-        sys.exit(f"{args.dir} holds {held['data']}; choose another --dir for {args.data}")
-    if args.rank == 0 and not (held and (args.dir / "train.npy").exists()):
-        store_data(bool(held), args)
+    train = args.dir / "train.npy"
+    kept = held.get("data", ARRAYS if train.exists() else args.data)
+    if kept != args.data:
+        sys.exit(f"{args.dir} holds {kept}; choose another --dir for {args.data}")
+    if args.rank == 0 and not (held and train.exists()):
+        store_data(args)
     barrier()
-    return read_description(args.dir)
+    data = read_description(args.dir)
+    args.image_size = data["image_size"]
+    return data
 
 
-def store_data(interrupted, args):
-    """Write the ID data set as arrays into --dir, then data.json; train.npy gets its name last."""
-    by_hand = args.dir / "train.npy"
-    if by_hand.exists() and not interrupted:
-        args.data = str(args.dir)
-        shape = (None, None, None, 3)
-        args.image_size = load_array(by_hand, shape, np.uint8, "what wrote it").shape[1]
-    data = {"data": args.data, "recipe": args.recipe, "image_size": args.image_size}
+def store_data(args):
+    """Write the ID data set as arrays, unless they are there, data.json, and last train.npy."""
+    data = {"data": args.data, "recipe": args.recipe}
     names = {}
     args.dir.mkdir(parents=True, exist_ok=True)
     for split in ("test", "train"):
-        dataset, labels, names[split] = read_dataset(args.data, split, args)
-        rows = np.arange(len(dataset))
-        if args.data.partition(":")[0] in WHOLE or args.data.endswith(".npy"):
-            rows = every_fifth(rows, labels, split == "test")
-        beside = args.dir / f"{split}.labels.npy"
-        beside.unlink(missing_ok=True)
-        partial = args.dir / f".partial.{split}.npy"
-        decode(Subset(dataset, rows), partial, args.image_size)
-        if labels is not None:
-            save(beside, labels[rows])
-        data[split] = len(rows)
-    if names["train"] != names["test"]:
+        path = args.dir / f"{split}.npy"
+        if args.data == ARRAYS:
+            _, _, names[split] = read_dataset(str(path.resolve()), split, args)
+        else:
+            path = args.dir / f".partial.{split}.npy"
+            names[split] = store_split(split, path, args)
+        images = load_array(path, (None, None, None, 3), np.uint8, "what wrote it")
+        data[split] = len(images)
+    if names["test"] != names["train"][: len(names["test"])]:
         sys.exit(f"{args.data}: training and test images need the same classes")
     data["classes"] = names["train"]
-    data["digest"] = fingerprint(np.load(partial, mmap_mode="c"))
+    data["image_size"] = images.shape[1]
+    data["digest"] = fingerprint(images)
     save(args.dir / "data.json", json.dumps(data, indent=1) + "\n")
-    for split in ("test", "train"):
-        os.replace(args.dir / f".partial.{split}.npy", args.dir / f"{split}.npy")
+    if args.data != ARRAYS:
+        for split in ("test", "train"):
+            os.replace(args.dir / f".partial.{split}.npy", args.dir / f"{split}.npy")
+
+
+def store_split(split, path, args):
+    """Write the images of one split to path, its labels to --dir; returns the class names."""
+    name = args.data.partition(":")[0]
+    dataset, labels, names = read_dataset(args.data, split, args)
+    rows = np.arange(len(dataset))
+    parts = (Path(name, "train").exists(), Path(name, "train.npy").exists(), name in PARTED)
+    if not any(parts):
+        rows = every_fifth(rows, labels, split == "test")
+    decode(Subset(dataset, rows), path, args.image_size)
+    beside = args.dir / f"{split}.labels.npy"
+    beside.unlink(missing_ok=True)
+    if labels is not None:
+        save(beside, labels[rows])
+    return names
 
 
 def every_fifth(rows, labels, test):
@@ -790,22 +794,22 @@ def load_split(split, data, args):
 def read_dataset(spec, split, args):
     """Part train or test (all, of a set without parts) of NAME[:CLASSES].
 
-    Returns items (picture, label), labels (N,) int64 and class names, or None and None.
+    Returns items (picture, label), labels (N,) int64 and class names, or None and [].
     """
-    name, _, chosen = spec.partition(":")
+    name, _, subset = spec.partition(":")
     try:
         dataset = open_dataset(name, split, args)
-        chosen = class_numbers(chosen)
+        chosen = class_numbers(subset)
     except Exception as error:  # of torchvision, the disk, the network
         sys.exit(f"{spec} cannot be read: {error!r:.200}")
     labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
-    if labels is None and not chosen:
-        return dataset, None, None
-    labels = np.asarray(labels, np.int64)
-    names = getattr(dataset, "classes", None) or [str(c) for c in range(labels.max() + 1)]
-    if chosen:
-        if labels.ndim != 1 or max(chosen) >= len(names):
-            sys.exit(f"{spec}: {name} has no such classes; give them as 0-5 or 0,3,7")
+    if labels is None and not subset:
+        return dataset, None, []
+    labels = np.asarray([] if labels is None else labels, np.int64)
+    names = getattr(dataset, "classes", None) or [str(c) for c in np.unique(labels)]
+    if labels.max(initial=0) >= len(names) or not set(chosen) <= set(range(len(names))):
+        sys.exit(f"{spec}: {name} has {len(names)} class names; give classes as 0-5 or 0,3,7")
+    if subset:
         rows = np.flatnonzero(np.isin(labels, chosen))
         dataset = Subset(dataset, rows)
         labels = np.searchsorted(chosen, labels[rows])
@@ -823,9 +827,7 @@ def class_numbers(text):
 
 
 def open_dataset(name, split, args):
-    """Data set of (picture, label), by name, or from a folder, a folder of arrays or one .npy
-    file.
-    """
+    """Data set of (picture, label), by name, from a folder of pictures or arrays, or one .npy."""
     size = args.image_size
     fit = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
     place = Path(name)
@@ -833,7 +835,7 @@ def open_dataset(name, split, args):
     if name == "digits":
         digits = load_digits()
         pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-        return ArrayImages(pixels.repeat(3, axis=3), digits.target, fit)
+        return ArrayImages(pixels.repeat(3, 3), digits.target, fit)
     if name == "patches":  # 520 squares of 32 px from two photographs
         photos = np.stack(load_sample_images().images)[:, :416].reshape(2, 13, 32, 20, 32, 3)
         return ArrayImages(photos.swapaxes(2, 3).reshape(-1, 32, 32, 3), None, fit)
@@ -847,9 +849,7 @@ def open_dataset(name, split, args):
 
 
 def read_arrays(path, transform):
-    """Data set of an .npy file of images, with the .labels.npy and classes.txt beside it, if
-    any.
-    """
+    """Data set of an .npy file of images, with .labels.npy and classes.txt beside it, if any."""
     images = load_array(path, (None, None, None, 3), np.uint8, "what wrote it")
     dataset = ArrayImages(images, None, transform)
     beside = path.with_suffix(".labels.npy")
@@ -889,7 +889,7 @@ def open_picture(path):
 
 def decode(dataset, path, size):
     """Write the pictures of a data set to an .npy file, (N, size, size, 3) uint8."""
-    loader = DataLoader(dataset, 256, num_workers=0 if size <= 64 else os.cpu_count())
+    loader = DataLoader(dataset, 8, num_workers=0 if size <= 64 else min(16, os.cpu_count()))
     blocks = tqdm((x.permute(0, 2, 3, 1).numpy() for x, _ in loader), f"reading {path.name}")
     try:
         write_images(path, (len(dataset), size, size, 3), blocks)
@@ -907,9 +907,7 @@ def write_images(path, shape, blocks):
 
 
 def report(stage, assigned, labels, classes):
-    """Print the sizes of clusters (N,) and, where labels are known, ACC (Hungarian), NMI and
-    ARI.
-    """
+    """Print sizes of clusters (N,) and, where labels are known, ACC (Hungarian), NMI, ARI."""
     quality = ""
     if labels is not None:
         table = confusion_matrix(labels, assigned)
@@ -921,9 +919,7 @@ def report(stage, assigned, labels, classes):
 
 
 def name_clusters(head, assigned, labels):
-    """Order the rows of the linear head so that a cluster has the number of the class it matches
-    best.
-    """
+    """Order the rows of the head so that a cluster has the number of its best class."""
     table = confusion_matrix(labels, assigned)  # (classes, clusters)
     order = torch.from_numpy(linear_sum_assignment(table, maximize=True)[1])
     head.weight.data = head.weight.data[order]
@@ -944,9 +940,7 @@ def write_labels(arrays, args):
 
 
 def build_unet(side, channels, classes, args):
-    """UNet eps_theta(x_t, t, c) on pixels, with classes + 1 class embeddings; the last is the
-    null.
-    """
+    """UNet eps_theta(x_t, t, c) on pixels; the last of classes + 1 embeddings is the null."""
     widths = [int(width) for width in args.channels.split(",")]
     down = ["DownBlock2D"] * len(widths)
     for level in range(len(widths)):

@@ -1,5 +1,4 @@
-"""Paper A, step 1: an image encoder aligned with the generator's token embeddings (DREAM-OOD, eq.
-2).
+"""Paper A, step 1: an image encoder aligned with the generator's token embeddings (eq. 2).
 
 The anchors Gamma are what the generator is conditioned on: with Stable Diffusion (--diffusion: hub
 id or folder) the rows of the text model's input token-embedding table for the words of the classes;
@@ -24,6 +23,7 @@ import os
 import sys
 import time
 import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +47,15 @@ RECIPES = {
     "diffusion": ("", "Stable Diffusion, hub id or folder; '' for diffusion/ of --dir"),
     "class_words": ("", "Stable Diffusion: file with a line per class, 'word' or 'word: phrase'"),
     "multi_token": ("first", "anchor of a word of several tokens", "first", "mean", "error"),
-    "arch": (("small", "resnet34", "resnet34", "resnet34"), "encoder"),
+    "arch": (("small", "resnet34", "resnet34", "resnet34"), "encoder",
+        "small", "resnet18", "resnet34", "resnet18-imagenet", "resnet34-imagenet"),
     "t": (0.1, "temperature of the cosine logits"),
     "epochs": ((40, 200, 200, 100), "passes over the training images"),
     "batch_size": ((64, 256, 256, 160), "images per step"),
     "lr": (0.1, "learning rate of SGD, cosine per step to 1e-6"),
     "weight_decay": (5e-4, "weight decay"),
     "crop": ((0, 0, 0, 224), "views: px, 0 for whole images"),
-    "area": ((0.8, 1.0, 1.0, 0.08), "views: least share of the image that is seen"),
+    "area": ((1.0, 1.0, 1.0, 0.08), "views: least share of the image that is seen"),
     "shift": ((1, 4, 4, 0), "views: largest shift, px"),
     "degrees": ((10, 0, 0, 0), "views: largest turn, degrees"),
     "flip": ((0, 1, 1, 1), "views: 1 if a mirrored image keeps its class"),
@@ -68,7 +69,7 @@ def token_anchors(tokenizer, text_model, words, multi_token):
     Of a word of several tokens multi_token takes the first row (as the released code does), the
     mean of the rows, or stops.
     """
-    table = text_model.get_input_embeddings().weight.detach()
+    table = text_model.get_input_embeddings().weight.detach().float()
     Gamma = []
     print("class  word and phrase of the prompt, tokens of the word, rows of the table")
     for c, (word, phrase) in enumerate(words):
@@ -88,9 +89,7 @@ def token_anchors(tokenizer, text_model, words, multi_token):
 
 
 def class_anchors(folder):
-    """Gamma (C, d): the class-embedding table of a diffusion model, without the null class, its
-    last.
-    """
+    """Gamma (C, d): the class embeddings of a diffusion model, but for its last, the null."""
     try:
         unet = UNet2DModel.from_pretrained(folder, subfolder="unet", low_cpu_mem_usage=False)
         return unet.class_embedding.weight[:-1].detach().clone()
@@ -104,9 +103,7 @@ def cosine_logits(z, Gamma, t):
 
 
 def train_encoder(images, labels, Gamma, args):
-    """Eq. 2: minimise CE(cos(h(x), Gamma) / t, y) over h; images (N, H, W, 3) uint8, labels
-    (N,).
-    """
+    """Eq. 2: minimise CE(cos(h(x), Gamma) / t, y) over h. images (N, H, W, 3), labels (N,)."""
     torch.manual_seed(seed_of(args.seed, "encoder"))
     backbone = build_backbone(args.arch)
     h = nn.Sequential(backbone, nn.Linear(backbone.width, Gamma.shape[1]))
@@ -231,7 +228,7 @@ def recipe_parser(default="digits"):
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator().type
     parser.add_argument("--device", choices=(device, "cpu"), default=device, help="torch device")
-    parser.add_argument("--help", action="help", help="show this and exit")
+    parser.add_argument("--help", action="help")
     for option, (value, text, *choices) in RECIPES.items():
         if isinstance(value, tuple):
             value = value[COLUMNS.index(recipe)]
@@ -257,7 +254,7 @@ def start(args):
     if args.world > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group()
+        torch.distributed.init_process_group(timeout=timedelta(days=1))
     if args.rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     print("options", vars(args))
@@ -270,9 +267,7 @@ def barrier():
 
 
 def save(path, content):
-    """Write a .npy, .pt, .png or text file under a temporary name, then rename it: all or
-    nothing.
-    """
+    """Write a .npy, .pt, .png or text file under a temporary name, then rename it."""
     temporary = path.with_name(f".partial.{path.name}")
     if path.suffix == ".npy":
         np.save(temporary, content)
@@ -321,9 +316,7 @@ def fingerprint(*arrays):
 
 
 def seed_of(*key):
-    """Seed for (seed, stage, step, ...) or (seed, image): 32 bits, all that torch's generator
-    takes.
-    """
+    """Seed for (seed, stage, step, ...) or (seed, image): 32 bits, no generator takes more."""
     return zlib.crc32(repr(key).encode())
 
 
@@ -351,15 +344,13 @@ def training_steps(stage, count, size, steps, state, args):
             bar.write(f"{stage} step {done} of {steps}, loss {loss:.4f}")
         due = time.monotonic() - saved >= CHECKPOINT_SECONDS
         if args.rank == 0 and (due or done == steps):
-            parts = {name: part.state_dict() for name, part in state.items() if name != "loss"}
-            save(path, {"options": plain_options(args), "step": done, "parts": parts})
+            held = {name: part.state_dict() for name, part in state.items() if name != "loss"}
+            save(path, {"options": plain_options(args), "step": done, "state": held})
             saved = time.monotonic()
 
 
 def batch_rows(count, size, step, *key):
-    """Rows (size,) of batch number `step`; each pass over all `count` rows has an order of its
-    own.
-    """
+    """Rows (size,) of batch number `step`; each pass over `count` rows has its own order."""
     batches = max(1, count // size)
     generator = torch.Generator().manual_seed(seed_of(*key, step // batches))
     order = torch.randperm(count, generator=generator)
@@ -379,7 +370,7 @@ def load_checkpoint(path, state, args):
         if before != value:
             sys.exit(f"{path} has {name} {before}, not {value}; give that, or --restart")
     for name, part in state.items():
-        part.load_state_dict(held["parts"][name])
+        part.load_state_dict(held["state"][name])
     print(f"going on from step {held['step']} of {path}")
     return held["step"]
 
@@ -388,7 +379,7 @@ def drop_checkpoints(stages, args):
     """Remove the checkpoints of finished stages."""
     barrier()
     for stage in stages:
-        (args.dir / f".checkpoint.{stage}.pt").unlink(missing_ok=True)
+        Path(args.dir, f".checkpoint.{stage}.pt").unlink(missing_ok=True)
 
 
 def distribute(net, args):
@@ -403,8 +394,9 @@ def distribute(net, args):
 
 def autocast(args):
     """bfloat16 on GPUs that have it (Ampere and later), float32 elsewhere or with --fp32."""
-    usable = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(args.device, torch.bfloat16, enabled=usable and not args.fp32)
+    cuda = args.device == "cuda" and not args.fp32
+    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(args.device, torch.bfloat16, enabled=native)
 
 
 @torch.no_grad()
@@ -450,9 +442,7 @@ def to_float(images):
 
 
 def plain_view(images, args):
-    """Images (B, H, W, 3) uint8 as they are, cropped at the centre: (B, 3, side, side) in [-1,
-    1].
-    """
+    """(B, H, W, 3) uint8 -> (B, 3, side, side) in [-1, 1], cropped at the centre if at all."""
     x = to_float(images)
     return v2.functional.center_crop(x, args.crop) if args.crop else x
 
@@ -460,24 +450,20 @@ def plain_view(images, args):
 def random_view(images, args):
     """Random view (B, 3, side, side) in [-1, 1] of images (B, H, W, 3) uint8, each by its own draw.
 
-    A box of at least --area of the image and ratio 3/4 to 4/3 (RandomResizedCrop), or all of it
-    moved by whole pixels (padded RandomCrop), up to --shift outside, turned by up to --degrees,
-    mirrored if --flip.
+    A box of at least --area of the image and ratio 3/4 to 4/3 (RandomResizedCrop), moved by whole
+    pixels up to --shift (padded RandomCrop), turned by up to --degrees, mirrored if --flip.
     """
     x = to_float(images) + 1  # 0 is black, which comes in from outside
-    half = x.shape[3] / 2
-    u = 2 * torch.rand(6, len(x), device=x.device) - 1
+    u = 2 * torch.rand(8, len(x), device=x.device) - 1
     area = args.area + (1 - args.area) * u[0].abs()
     stretch = torch.exp(u[1] * (-area.log()).clamp(max=math.log(4 / 3)) / 2)
     box = torch.stack([area.sqrt() * stretch, area.sqrt() / stretch])  # width, height
-    offset = u[2:4] * ((1 - box) * half + args.shift)
-    if args.area == 1:
-        offset = offset.round()
-    dx, dy = offset / half
+    shift = (u[2:4] * (args.shift + 0.5)).round() * 2 / x.shape[3]
+    dx, dy = u[4:6] * (1 - box) + shift
     w, h = box
     if args.flip:
-        w = w * u[4].sign()
-    angle = u[5] * math.radians(args.degrees)
+        w = w * u[6].sign()
+    angle = u[7] * math.radians(args.degrees)
     theta = [w * angle.cos(), -h * angle.sin(), dx, w * angle.sin(), h * angle.cos(), dy]
     side = args.crop or x.shape[3]
     shape = (len(x), 3, side, side)

@@ -1,473 +1,420 @@
 """The papers' formulas against closed forms, brute force and second libraries."""
 
-import argparse
-import math
+from itertools import permutations
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
-from PIL import Image
+from diffusers import DDPMScheduler, UNet2DModel
+from scipy.spatial.distance import cdist
+from scipy.special import log_softmax, logsumexp
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.neighbors import NearestNeighbors
 
-import sample_outliers
-import sample_sd_outliers
-import train_classifier
-import train_scan_diffusion
-import train_text_encoder
+SCRIPTS = ["train_scan_diffusion", "train_text_encoder", "sample_outliers", "sample_sd_outliers"]
+ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0).float()
+SCHEDULE = DDPMScheduler(1000, 1e-4, 0.02, "linear")
 
-SAMPLERS = (sample_outliers, sample_sd_outliers)
+
+@pytest.fixture(scope="module")
+def code(load):
+    functions = {}  # those of one name have the same text
+    for script in [*SCRIPTS, "train_classifier", "evaluate"]:
+        functions.update(vars(load(script)))
+    return SimpleNamespace(**functions)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
 def unit(rows, d, seed=0):
-    return F.normalize(torch.randn(rows, d, generator=torch.Generator().manual_seed(seed)), dim=1)
+    return F.normalize(normal(rows, d, seed=seed), dim=1).float()
 
 
-def tiny_unet(classes=3):
+def test_nt_xent(code):
+    z = unit(10, 7).double()
+    similarity = (z @ z.T / 0.1).numpy()
+    np.fill_diagonal(similarity, -np.inf)
+    expected = -log_softmax(similarity, 1)[range(10), [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]].mean()
+    assert code.nt_xent(*z.chunk(2), 0.1).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_scan_loss(code):
+    logits = normal(6, 3)
+    partner = normal(6, 3, seed=1)
+    p = np.exp(log_softmax(logits.numpy(), 1))
+    p_k = np.exp(log_softmax(partner.numpy(), 1))
+    expected = -np.log((p * p_k).sum(1)).mean() + 5 * (p.mean(0) * np.log(p.mean(0))).sum()
+    assert code.scan_loss(logits, partner, 5.0).item() == pytest.approx(expected, rel=1e-9)
+    impossible = torch.tensor([[400.0, 0, 0], [400, 0, 0]], requires_grad=True)
+    code.scan_loss(impossible, impossible.roll(1, 1), 5.0).backward()
+    assert impossible.grad.isfinite().all()
+
+
+def test_selflabel_loss_counts_every_cluster_the_same(code):
+    log_p = log_softmax(normal(4, 3).numpy(), 1)  # no confident image in cluster 1
+    expected = -(np.mean(log_p[[0, 1, 3], 0]) + log_p[2, 2]) / 2
+    loss = code.selflabel_loss(normal(4, 3).float(), torch.tensor([0, 0, 2, 0])).item()
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_report_gives_acc_nmi_and_ari(code, capsys):
+    y = np.repeat([0, 1, 2], [30, 20, 10])
+    assigned = np.array([2, 0, 1])[y]  # the same clusters under other numbers
+    assigned[:12] = 1  # but for some
+    code.report("stage", assigned, y, 3)
+    acc = max((np.array(order)[assigned] == y).mean() for order in permutations(range(3)))
+    nmi = normalized_mutual_info_score(y, assigned)
+    expected = f"ACC {acc:.3f}  NMI {nmi:.3f}  ARI {adjusted_rand_score(y, assigned):.3f}"
+    assert acc == 0.8 and f"{expected}  cluster sizes 20 22 18" in capsys.readouterr().out
+
+
+def test_clusters_take_the_numbers_of_the_classes(code):
     torch.manual_seed(0)
-    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [16]}
-    return UNet2DModel(8, 1, 1, layers_per_block=1, norm_num_groups=8, num_class_embeds=classes + 1, **blocks).eval()
+    head = torch.nn.Linear(5, 4)
+    x = torch.randn(400, 5)
+    before = head(x)
+    number = torch.tensor([2, 0, 3, 1])
+    labels = number[before.argmax(1)]
+    labels[:20] = 0  # some labels disagree
+    code.name_clusters(head, before.argmax(1), labels.numpy())
+    assert torch.equal(head(x)[:, number], before)
 
 
-# SCAN
+@pytest.mark.parametrize(("k", "offset"), [(1, 0.0), (7, 1000.0), (405, 0.0), (405, 1000.0)])
+def test_knn_equals_brute_force_and_scikit_learn(code, k, offset):
+    bank = torch.cat([unit(400, 24), unit(5, 24)]) + offset  # five rows twice
+    queries = torch.cat([unit(1000, 24, 1) + offset, bank[:50], unit(1050, 24, 2) + offset])
+    distance, index = code.knn(queries, bank, k)
+    square = distance.double().square().numpy()
+    tree = NearestNeighbors(n_neighbors=k, algorithm="kd_tree").fit(bank.double())
+    np.testing.assert_allclose(square, tree.kneighbors(queries.double())[0] ** 2, atol=1e-5)
+    exact = cdist(queries.double(), bank.double(), "sqeuclidean")
+    np.testing.assert_allclose(square, np.take_along_axis(exact, index.numpy(), 1), atol=1e-5)
+    assert (np.diff(np.sort(index.numpy(), 1)) > 0).all()  # no row twice
 
 
-def test_nt_xent_equals_a_loop_over_pairs():
-    z1, z2, tau = unit(5, 7).double(), unit(5, 7, 1).double(), 0.1
-    z, losses = torch.cat([z1, z2]), []
-    for i in range(10):
-        j = (i + 5) % 10
-        others = [math.exp(float(z[i] @ z[k]) / tau) for k in range(10) if k != i]
-        losses.append(-math.log(math.exp(float(z[i] @ z[j]) / tau) / sum(others)))
-    assert train_scan_diffusion.nt_xent(z1, z2, tau).item() == pytest.approx(np.mean(losses), rel=1e-9)
-
-
-def test_neighbours_equal_scikit_learn_and_leave_the_image_out():
-    z = unit(300, 16)
-    near = train_scan_diffusion.nearest_neighbours(z, 5).numpy()
-    expected = NearestNeighbors(n_neighbors=6, algorithm="brute").fit(z.numpy()).kneighbors(z.numpy())[1][:, 1:]
-    assert (np.arange(300)[:, None] != near).all()
-    assert (np.sort(near, 1) == np.sort(expected, 1)).all()
-
-
-def test_scan_loss_by_hand():
-    logits, partner = torch.randn(6, 3).double(), torch.randn(6, 3).double()
-    p, q = (np.exp(a.numpy()) / np.exp(a.numpy()).sum(1, keepdims=True) for a in (logits, partner))
-    mean = p.mean(0)
-    expected = -np.log((p * q).sum(1)).mean() - 5 * -(mean * np.log(mean)).sum()
-    assert train_scan_diffusion.scan_loss(logits, partner, 5.0).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_scan_loss_prefers_agreement_spread_over_clusters():
-    loss = train_scan_diffusion.scan_loss
-    spread, collapsed = 9 * torch.eye(3), 9 * torch.eye(3)[[0, 0, 0]]
-    assert loss(spread, spread, 5.0) < loss(collapsed, collapsed, 5.0)
-    assert loss(spread, spread, 5.0) < loss(spread, spread.roll(1, 0), 5.0)
-
-
-def test_selflabel_loss_masks_weights_and_refuses():
-    sure = torch.tensor([[9.0, 0.0], [9.0, 0.0], [0.0, 9.0], [0.2, 0.0]])  # the last one is not confident
-    strong = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
-    ce = F.cross_entropy(strong[:3], torch.tensor([0, 0, 1]), reduction="none")
-    expected = (ce[0] / 2 + ce[1] / 2 + ce[2]) / 2  # each cluster counts the same
-    assert train_scan_diffusion.selflabel_loss(sure, strong, 0.99).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert train_scan_diffusion.selflabel_loss(sure[[3, 3]], strong[:2], 0.99) is None
-    assert train_scan_diffusion.selflabel_loss(sure[:2], strong[:2], 0.99) is None  # cluster 1 would die out
-
-
-@pytest.mark.parametrize(("kind", "size"), [("affine", 8), ("colour", 32)])
-@pytest.mark.parametrize("strong", [False, True])
-def test_views_are_random_in_range_and_keep_the_shape(kind, size, strong):
-    images = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8)
+def tiny_unet():
     torch.manual_seed(0)
-    first, second = (train_scan_diffusion.view(images, kind, strong) for _ in range(2))
-    assert first.shape == images.shape and first.min() >= -1.001 and first.max() <= 1.001
-    assert (first - second).abs().amax((1, 2, 3)).min() > 0.01  # every image got a new draw
-    assert torch.equal(train_scan_diffusion.view(images), images.float() / 255 * 2 - 1)
+    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    size = {"block_out_channels": [16], "layers_per_block": 1, "norm_num_groups": 8}
+    return UNet2DModel(8, 1, 1, num_class_embeds=4, **blocks, **size).eval()
 
 
-# The encoder and the training view
-
-
-def options(**given):
-    return argparse.Namespace(**({"degrees": 0.0, "zoom": 1.0, "shift": 0, "flip": 0} | given))
-
-
-@pytest.mark.parametrize("script", [train_text_encoder, train_classifier])
-def test_augment_is_the_identity_without_options_and_a_padded_crop_with_shift(script):
-    images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
-    plain = images.float() / 255 * 2 - 1
-    assert torch.allclose(script.augment(images, options()), plain, atol=1e-5)
-    torch.manual_seed(0)
-    moved, padded, seen = script.augment(images, options(shift=2)), F.pad(plain, (2,) * 4, value=-1), set()
-    for i in range(64):
-        crops = {(y, x): padded[i, :, y : y + 8, x : x + 8] for y in range(5) for x in range(5)}
-        match = [place for place, crop in crops.items() if torch.allclose(crop, moved[i], atol=1e-4)]
-        assert match  # every view is one of the 25 whole-pixel crops
-        seen.update(match)
-    assert len(seen) > 15
-
-
-def test_augment_mirrors_half_of_the_images():
-    images = torch.randint(0, 256, (400, 3, 8, 8), dtype=torch.uint8)
-    plain, view = images.float() / 255 * 2 - 1, train_classifier.augment(images, options(flip=1))
-    mirrored = [torch.allclose(a.flip(2), b, atol=1e-4) for a, b in zip(plain, view, strict=True)]
-    same = [torch.allclose(a, b, atol=1e-4) for a, b in zip(plain, view, strict=True)]
-    assert sum(mirrored) + sum(same) == 400 and 140 < sum(mirrored) < 260
-
-
-def test_cosine_logits_equal_torch():
-    z, Gamma = torch.randn(5, 9), torch.randn(3, 9)
+def test_cosine_logits_equal_torch(code):
+    z = normal(5, 9)
+    Gamma = 3 * normal(4, 9, seed=1)
     expected = F.cosine_similarity(z[:, None], Gamma[None], dim=2) / 0.1
-    assert torch.allclose(train_text_encoder.cosine_logits(z, Gamma, 0.1), expected, atol=1e-4)
+    torch.testing.assert_close(code.cosine_logits(z, Gamma, 0.1), expected)
 
 
-# DREAM-OOD: embeddings
-
-
-@pytest.mark.parametrize("K", [1, 2, 40, 300])
-def test_kth_distance_equals_brute_force(K):
-    bank = unit(400, 64)
-    queries = torch.cat([bank[:50], unit(60, 64, 1)])  # the first 50 are their own nearest neighbour
-    exact = torch.cdist(queries.double(), bank.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    exact = exact.sort(1).values[:, K - 1]
-    assert (sample_outliers.kth_distance(queries, bank, K, chunk=37) - exact).abs().max() < 1e-4
+def test_pick(code):
+    """knn: each point's own extremes; official: those of the (candidates, points) misreading."""
+    d_K = torch.rand(30, 1500, generator=generator(0))
+    misread = np.array([d_K.flatten()[p::30].numpy() for p in range(30)])
+    for kind, read in {"knn": d_K.numpy(), "official": misread}.items():
+        assert (code.pick(d_K, 7, kind).numpy() == np.argsort(-read)[:, :7]).all()
+        assert (code.pick(d_K, 1, kind, True).numpy() == np.argsort(read)[:, :1]).all()
 
 
 def selection(kind, **given):
-    recipe = {option: row[1] for option, row in sample_outliers.RECIPES.items()}
-    recipe |= {"selection": kind, "inliers": False, "candidates": 400, "boundary": 30, "draw": 30, "K": 40} | given
-    return argparse.Namespace(**recipe)
+    options = {"selection": kind, "inliers": False, "K": 40, "boundary": 30, "draw": 20}
+    return SimpleNamespace(**options | {"candidates": 400, "keep": 2} | given)
 
 
 def clustered(n=150, d=32):
-    torch.manual_seed(1)
-    return F.normalize(unit(1, d) + 0.1 * torch.randn(n, d), dim=1)
+    return F.normalize(unit(1, d) + 0.1 * normal(n, d, seed=1).float(), dim=1)
 
 
-def test_selection_knn_keeps_the_farthest_and_official_does_not():
+@pytest.mark.parametrize("kind", ["knn", "official", "random", "inliers"])
+def test_sampled_embeddings(code, kind):
     z = clustered()
-    result = {}
-    for kind in ("knn", "official", "random"):
-        torch.manual_seed(0)
-        result[kind] = sample_outliers.sample_embeddings(z, 240, 0.2, selection(kind))
-    v, source, d_K, percentile = result["knn"]
-    assert v.shape == (240, 32) and torch.allclose(v.norm(dim=1), torch.ones(240), atol=1e-5)
-    exact = torch.cdist(v.double(), z.double()).sort(1).values[:, 39]
-    assert (d_K - exact).abs().max() < 1e-4
-    assert percentile.mean() >= 0.99
-    assert 0.4 < result["official"][3].mean() < 0.6
-    assert 0.4 < result["random"][3].mean() < 0.6
-    assert d_K.mean() > result["official"][2].mean()
-    own = sample_outliers.kth_distance(z, z, 40)
-    assert set(source.tolist()) == set(own.topk(30).indices.tolist())  # exactly the boundary set
+    args = selection("knn", inliers=True) if kind == "inliers" else selection(kind)
+    torch.manual_seed(0)
+    v, source, d_K, percentile = code.sample_embeddings(z, 230, 0.2, args)
+    assert v.shape == (230, 32) and len(source) == len(d_K) == len(percentile) == 230
+    assert (v.norm(dim=1) - 1).abs().max() < 1e-5
+    np.testing.assert_allclose(d_K, np.sort(cdist(v, z), 1)[:, 39], atol=1e-4)
+    if kind == "inliers":  # the nearest of 400, around any ID point
+        assert percentile.mean().item() == pytest.approx(1 / 400, abs=1e-6)
+        assert source[:100].unique().numel() == 100
+        return
+    boundary = np.sort(cdist(z, z), 1)[:, 39].argsort()[-30:]  # itself the first of 40
+    assert set(source.tolist()) == set(boundary.tolist())
+    assert source[:40].unique().numel() == 20  # a round repeats none
+    if kind == "knn":  # the two farthest of 400
+        assert percentile.mean().item() == pytest.approx((1 + 399 / 400) / 2, abs=1e-5)
+    else:
+        assert 0.4 < percentile.mean() < 0.6
 
 
-def test_noise_is_independent_per_boundary_point_and_shared_in_the_released_way():
+@pytest.mark.parametrize("kind", ["random", "knn", "official"])
+def test_only_the_released_way_shares_noise_among_boundary_points(code, kind):
     z = clustered()
-    directions = {}
-    for kind in ("random", "official"):
-        torch.manual_seed(0)
-        v, source, _, _ = sample_outliers.sample_embeddings(z, 60, 1e-4, selection(kind, candidates=3, keep=2))
-        eps = (v - z[source]) / 1e-4  # nearly the noise, without its radial part
-        eps = F.normalize(eps - (eps * z[source]).sum(1, keepdim=True) * z[source], dim=1)
-        cosine = (eps @ eps.T).fill_diagonal_(0)
-        directions[kind] = (cosine > 0.8).any(1).float().mean()
-    assert directions["random"] < 0.2 and directions["official"] > 0.9
+    torch.manual_seed(0)
+    v, source, _, _ = code.sample_embeddings(z, 40, 1e-4, selection(kind, candidates=3))
+    eps = (v - z[source]) / 1e-4  # nearly the noise, without its radial part
+    eps = F.normalize(eps - (eps * z[source]).sum(1, keepdim=True) * z[source], dim=1)
+    alike = ((eps @ eps.T).fill_diagonal_(0) > 0.8).any(1).float().mean()
+    assert alike > 0.9 if kind == "official" else alike < 0.1
 
 
-def test_inliers_are_the_nearest_candidates_of_any_id_point():
-    z = clustered()
-    args = selection("knn", inliers=True)
-    v, source, d_K, percentile = sample_outliers.sample_embeddings(z, 150, 0.02, args)
-    assert percentile.mean() < 0.01
-    assert len(set(source.tolist())) > 90  # not one point, not the boundary alone
-    assert (v * z[source]).sum(1).mean() > 0.98
+@pytest.mark.parametrize(("inliers", "sigma"), [(False, 0.07), (False, 0.03), (True, 0.03)])
+@pytest.mark.parametrize("d", [96, 768])
+def test_embeddings_of_all_classes(code, d, inliers, sigma):
+    """sigma is scaled so that the cosine is that of d = 768; the norm is that of the anchor."""
+    z = torch.cat([clustered(60, d), -clustered(60, d)]).numpy()
+    Gamma = unit(2, d).numpy() * np.array([[0.4], [1.2]], np.float32)
+    args = selection("random", K=5, candidates=20, per_class=200, inliers=inliers, boundary=20)
+    vars(args).update(sigma=sigma, inlier_sigma=sigma, seed=0, device="cpu", rank=0)
+    labels = np.repeat([0, 1], 60)
+    v, lines = code.sample_all(Gamma, 5 * z, labels, args)
+    c, source, d_K, cosine, seed = np.array([line.split(",") for line in lines], float).T
+    v = v.numpy() / np.repeat([0.4, 1.2], 200)[:, None]
+    np.testing.assert_allclose(np.linalg.norm(v, axis=1), 1, rtol=1e-5)
+    assert c.tolist() == [0] * 200 + [1] * 200 and (labels[source.astype(int)] == c).all()
+    np.testing.assert_allclose(cosine, (v * z[source.astype(int)]).sum(1), atol=2e-5)
+    assert cosine.mean() == pytest.approx(1 / np.sqrt(1 + 768 * sigma**2), abs=0.02)
+    assert len(set(seed)) == 400 and (d_K > 0).all()
 
 
-def test_expected_cosine_is_kept_when_d_changes():
-    for d in (128, 768):
-        sigma = 0.07 * math.sqrt(768 / d)
-        torch.manual_seed(0)
-        z = clustered(n=60, d=d)
-        args = selection("random", K=5, boundary=20, draw=20, candidates=20)
-        v, source, _, _ = sample_outliers.sample_embeddings(z, 300, sigma, args)
-        assert (v * z[source]).sum(1).mean().item() == pytest.approx(0.46, abs=0.02)
-
-
-def test_decoding_a_class_embedding_is_decoding_the_class_whatever_the_batch(tmp_path):
-    unet, scheduler, labels = tiny_unet(), DDPMScheduler(1000, 1e-4, 0.02, "linear"), torch.tensor([0, 2, 1])
-    unet.save_pretrained(tmp_path / "unet")
-    scheduler.save_pretrained(tmp_path / "scheduler")
-    args = argparse.Namespace(
-        diffusion=str(tmp_path), device="cpu", compile=False, scheduler="dpmpp", steps=5, guidance=2.5
-    )
-    table = unet.class_embedding.weight.detach()
-    decode, side = sample_outliers.class_decoder(args, table[:-1].numpy())
-    seeds = [sample_outliers.image_seed(3, i) for i in (7, 8, 9)]
-    images = decode(table[labels], labels, seeds)
-    assert side == 8
-    solver = DPMSolverMultistepScheduler.from_config(scheduler.config, thresholding=True, sample_max_value=1.0)
-    solver.set_timesteps(timesteps=[999, 562, 250, 62, 0])
-    x = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    with torch.no_grad():
-        for t in solver.timesteps:
-            eps, free = unet(x, t, labels).sample, unet(x, t, torch.full((3,), 3)).sample
-            x = solver.step(free + 2.5 * (eps - free), t, x).prev_sample
-    assert torch.allclose(images, x, atol=1e-4)
-    alone = [decode(table[labels[[i]]], labels[[i]], [seeds[i]]) for i in (0, 1)]
-    assert torch.allclose(torch.cat(alone), images[:2], atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["pndm", "dpmpp", "unipc", "ddim"])
-def test_every_solver_follows_the_exact_flow_of_a_gaussian(name):
-    config, std, mean = DDPMScheduler(1000, 1e-4, 0.02, "linear").config, 0.5, 0.2
-    abar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
-
-    def model(x, t, c):  # the score, and so eps, is known
-        a = abar[int(t)].float()
-        return SimpleNamespace(sample=(x - a.sqrt() * mean) * (1 - a).sqrt() / (a * std**2 + 1 - a))
-
-    model.dtype, model.config = torch.float32, SimpleNamespace(in_channels=4)
-    solver = sample_outliers.make_solver(config, name, 50, False, "cpu")
-    c, seeds = torch.zeros(64, 1), list(range(64))
-    x = sample_outliers.denoise(model, solver, c, c, seeds, 4, 1.0)
-    noise = torch.stack([torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    a = abar[999].float()
-    exact = mean + std * (noise - a.sqrt() * mean) / (a * std**2 + 1 - a).sqrt()
-    assert (x - exact).norm() / exact.norm() < (0.07 if name == "ddim" else 0.05)  # DDIM is of first order
-
-
-@pytest.mark.parametrize("script", SAMPLERS)
-def test_resizing(script):
-    x = torch.rand(2, 3, 8, 8) * 2 - 1
-    area = x.view(2, 3, 4, 2, 4, 2).mean((3, 5))
-    assert torch.allclose(script.resize(x, 4, "area"), area, atol=1e-6)
-    assert torch.equal(script.resize(x, 4, "nearest"), x[:, :, ::2, ::2])
-    corners = [x[:, :, a::4, b::4] for a in (1, 2) for b in (1, 2)]  # no antialias: 4 of the 16 pixels
-    assert torch.allclose(script.resize(x, 2, "bilinear"), torch.stack(corners).mean(0), atol=1e-6)
-    pixels = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    expected = [np.asarray(Image.fromarray(image).resize((4, 4), Image.LANCZOS)) for image in pixels]
-    assert (script.to_uint8(script.resize(x, 4, "lanczos")) == np.stack(expected)).all()
-    assert script.resize(x, 8, "lanczos") is x
-
-
-# Guidance and paper B's sampler
-
-
-def stub(x, t, c):
-    """An eps-model whose answer tells image, step and condition apart; class 3 is the null class."""
-    t = torch.as_tensor(t, dtype=x.dtype)
-    return SimpleNamespace(sample=0.1 * x + 0.001 * t + 0.2 * c.view(-1, 1, 1, 1).to(x))
-
-
-stub.config, stub.dtype = SimpleNamespace(num_class_embeds=4), torch.float32
-
-
-@pytest.mark.parametrize("script", SAMPLERS)
-@pytest.mark.parametrize("w", [0.0, 2.0, 4.0])
-def test_guidance_equals_the_posters_formula(script, w):
-    x, c = torch.randn(2, 1, 4, 4), torch.tensor([0, 2])
-    null = torch.full_like(c, 3)
-    expected = (1 + w) * stub(x, 50, c).sample - w * stub(x, 50, null).sample
-    assert torch.allclose(script.guided_noise(stub, x, 50, c, null, w), expected, atol=1e-6)
-
-
-def half_noise(x, c_r, seeds, **given):
-    args = argparse.Namespace(**({"S": 100, "steps": 10, "w": 2.0, "sampler": "dpmpp"} | given))
-    config, null = DDPMScheduler(1000, 1e-4, 0.02, "linear").config, torch.full_like(c_r, 3)
-    return sample_sd_outliers.half_noise_and_denoise(given.pop("model", stub), config, x, c_r, null, seeds, args)
-
-
-def test_without_guidance_and_with_the_own_class_it_is_plain_conditional_sampling():
-    x, y, seeds = torch.rand(2, 1, 4, 4) - 0.5, torch.tensor([1, 2]), [5, 6]
-    made = half_noise(x, y, seeds, w=0.0)
-    scheduler = DDPMScheduler(1000, 1e-4, 0.02, "linear")
-    eps = torch.stack([torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    solver = DPMSolverMultistepScheduler.from_config(scheduler.config, thresholding=True, sample_max_value=1.0)
-    solver.set_timesteps(timesteps=[100, 79, 60, 44, 31, 20, 11, 5, 1, 0])
-    x_t = scheduler.add_noise(x, eps, torch.tensor([100, 100]))
-    for t in solver.timesteps:
-        x_t = solver.step(stub(x_t, t, y).sample, t, x_t).prev_sample
-    assert torch.allclose(made, x_t, atol=1e-5)
-
-
-def test_ancestral_sampling_by_hand():
-    x, c_r, S, w = torch.rand(1, 1, 4, 4) - 0.5, torch.tensor([2]), 3, 2.0
-    made = half_noise(x, c_r, [11], S=S, w=w, sampler="ddpm")
-    beta = torch.linspace(1e-4, 0.02, 1000)
-    abar, generator = (1 - beta).cumprod(0), torch.Generator().manual_seed(11)
-    draw = lambda: torch.randn(1, 1, 4, 4, generator=generator)  # noqa: E731
-    x_t = abar[S].sqrt() * x + (1 - abar[S]).sqrt() * draw()
-    for t in range(S, -1, -1):
-        eps = (1 + w) * stub(x_t, t, c_r).sample - w * stub(x_t, t, torch.tensor([3])).sample
-        before = abar[t - 1] if t else torch.tensor(1.0)
-        x_0 = ((x_t - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()).clamp(-1, 1)
-        mean = (before.sqrt() * beta[t] * x_0 + (1 - beta[t]).sqrt() * (1 - before) * x_t) / (1 - abar[t])
-        x_t = mean + (((1 - before) / (1 - abar[t]) * beta[t]).sqrt() * draw() if t else 0)
-    assert torch.allclose(made, x_t, atol=1e-4)
-
-
-@pytest.mark.parametrize("std", [0.15, 0.5])
-@pytest.mark.parametrize("S", [50, 100, 200])
-def test_dpm_solver_from_S_follows_the_exact_ode_of_a_gaussian(S, std):
-    mean = 0.2  # of every pixel, with std; its score, and so eps and the flow back to t = 0, are known
-    abar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+def gaussian(std, w=0.0):
+    """An eps-model; guided by w, it is the exact one of pixels from N(0.2, std^2). 3 is null."""
 
     def model(x, t, c):
-        a = abar[int(t)].float()
-        return SimpleNamespace(sample=(x - a.sqrt() * mean) * (1 - a).sqrt() / (a * std**2 + 1 - a))
+        a = ABAR[int(t)]
+        eps = (x - a.sqrt() * 0.2) * (1 - a).sqrt() / (a * std**2 + 1 - a)
+        return SimpleNamespace(sample=eps + torch.where(c == 3, 1 + w, w).view(-1, 1, 1, 1) * x)
 
-    model.config, model.dtype = stub.config, torch.float32
-    x, seeds = mean + std * torch.randn(64, 1, 4, 4), list(range(64))
-    made = half_noise(x, torch.zeros(64, dtype=torch.long), seeds, S=S, w=0.0, steps=20, model=model)
-    eps = torch.stack([torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    a = abar[S].float()
-    x_S = a.sqrt() * x + (1 - a).sqrt() * eps
-    exact = mean + std * (x_S - a.sqrt() * mean) / (a * std**2 + 1 - a).sqrt()
-    inside = exact.abs() < 0.95  # static clipping must not matter here
-    assert (made - exact)[inside].norm() / exact[inside].norm() < 0.01
-    assert (x_S - exact)[inside].norm() / exact[inside].norm() > 0.03  # there was something to undo
+    return model
 
 
-def test_wrong_class_is_uniform_over_the_others():
-    drawn = np.array([[sample_sd_outliers.wrong_class(y, 4, 0, 4 * i + y) for y in range(4)] for i in range(600)])
+def relative_error(made, x_t, t, std):
+    """Of x_0 against the probability flow of that Gaussian from x_t."""
+    a = ABAR[t]
+    exact = 0.2 + std * (x_t - a.sqrt() * 0.2) / (a * std**2 + 1 - a).sqrt()
+    inside = exact.abs() < 0.95  # clipping must not matter
+    return ((made - exact)[inside].norm() / exact[inside].norm()).item()
+
+
+def half_noise(code, x, c, seeds, model, **given):
+    options = {"S": 100, "steps": 20, "w": 2.0, "sampler": "dpmpp", "diffusion": ""}
+    args = SimpleNamespace(**options | {"device": "cpu", "fp32": False} | given)
+    c = torch.tensor(c).expand(len(x))
+    return code.half_noise_and_denoise(model, SCHEDULE, x, c, torch.full_like(c, 3), seeds, args)
+
+
+@pytest.mark.parametrize(("S", "std"), [(50, 0.15), (100, 0.15), (200, 0.15), (200, 0.5)])
+@pytest.mark.parametrize("w", [0.0, 2.0])
+def test_dpm_solver_from_x_S_follows_the_exact_flow_of_a_gaussian(code, S, std, w):
+    """Only with noise as seeded, the right strength of it, and the poster's guidance."""
+    x = 0.2 + std * torch.randn(64, 1, 4, 4, generator=generator(100))
+    made = half_noise(code, x, 0, range(64), gaussian(std, w), S=S, w=w)
+    eps = torch.stack([torch.randn(1, 4, 4, generator=generator(seed)) for seed in range(64)])
+    x_S = ABAR[S].sqrt() * x + (1 - ABAR[S]).sqrt() * eps
+    assert relative_error(made, x_S, S, std) < 0.01
+    assert relative_error(x_S, x_S, S, std) > 0.03  # there is something to undo
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp", "ddpm"])
+def test_half_noised_gaussian_data_come_back_as_they_were_distributed(code, sampler):
+    x = 0.2 + 0.2 * torch.randn(100, 1, 8, 8, generator=generator(100))
+    made = half_noise(code, x, 0, range(100), gaussian(0.2, 2.0), S=150, sampler=sampler)
+    assert made.mean().item() == pytest.approx(0.2, abs=0.01)
+    assert made.std().item() == pytest.approx(0.2, rel=0.03)
+    signal = 0.2**2 * ABAR[150] / (0.2**2 * ABAR[150] + 1 - ABAR[150])  # share of x in x_S
+    kept = signal if sampler == "ddpm" else signal.sqrt()  # new noise forgets as much again
+    correlation = torch.corrcoef(torch.stack([made.flatten(), x.flatten()]))[0, 1]
+    assert correlation.item() == pytest.approx(kept.item(), abs=0.03)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp", "ddpm"])
+def test_an_sd_outlier_does_not_depend_on_its_batch(code, sampler):
+    x = torch.rand(3, 1, 8, 8, generator=generator(0)) * 2 - 1
+    given = {"model": tiny_unet(), "S": 20, "steps": 4, "sampler": sampler}
+    together = half_noise(code, x, [1, 0, 2], [7, 8, 9], **given)
+    alone = half_noise(code, x[1:2], [0], [8], **given)
+    torch.testing.assert_close(alone, together[1:2], atol=1e-5, rtol=0)
+    other = half_noise(code, x, [1, 0, 2], [7, 80, 9], **given)
+    assert torch.equal(together[0], other[0]) and (together[1] - other[1]).abs().max() > 0.01
+
+
+def test_wrong_class_is_uniform_over_the_others_and_repeats(code):
     for y in range(4):
-        counts = np.bincount(drawn[:, y], minlength=4)
-        assert counts[y] == 0 and (np.delete(counts, y) > 140).all()
+        drawn = [code.wrong_class(y, 4, 0, i) for i in range(900)]
+        counts = np.bincount(drawn, minlength=4)
+        assert counts[y] == 0 and (np.delete(counts, y) > 250).all() and len(counts) == 4
+        assert drawn == [code.wrong_class(y, 4, 0, i) for i in range(900)]
 
 
-@pytest.mark.parametrize("script", SAMPLERS)
-def test_seeds_differ_between_images_and_runs(script):
-    seeds = {script.image_seed(seed, i) for seed in range(3) for i in range(2000)}
-    assert len(seeds) == 6000 and all(0 <= seed < 2**32 for seed in seeds)
+@pytest.mark.parametrize("sampler", ["dpmpp", "ddpm"])
+@pytest.mark.parametrize(("diffusion", "bound"), [("", 1), ("folder", 3)])
+def test_partial_solver_goes_from_S_to_0_and_clips_pixels(code, sampler, diffusion, bound):
+    args = SimpleNamespace(S=100, steps=3, sampler=sampler, diffusion=diffusion)
+    solver = code.partial_solver(SCHEDULE, args)
+    steps = [100, 25, 0] if sampler == "dpmpp" else list(range(100, -1, -1))
+    assert solver.timesteps.tolist() == steps
+    x = torch.full((1, 1, 2, 2), 3.0)
+    last = [solver.step(0 * x, t, x).prev_sample for t in solver.timesteps][-1]
+    assert last.max().item() == pytest.approx(bound, rel=0.01)
+    assert code.quadratic_steps(6, 20) == [6, 5, 4, 3, 2, 1, 0]  # none twice
 
 
-@pytest.mark.parametrize("script", SAMPLERS)
-def test_steps_start_at_S_and_end_at_0(script):
-    assert script.quadratic_steps(100, 1) == [100]
-    assert script.quadratic_steps(100, 3) == [100, 25, 0]
-    steps = script.quadratic_steps(50, 20)
-    assert steps[0] == 50 and steps[-1] == 0 and steps == sorted(set(steps), reverse=True)
+@pytest.mark.parametrize(("name", "error"), [("pndm", 0.05), ("dpmpp", 0.05), ("ddim", 0.07)])
+def test_solvers_from_noise_follow_the_exact_flow_of_a_gaussian(code, name, error):
+    solver = code.make_solver(SCHEDULE, SimpleNamespace(scheduler=name, steps=50))
+    x = start = torch.randn(64, 4, 4, 4, generator=generator(0))
+    for t in solver.timesteps:
+        x = solver.step(gaussian(0.3)(x, t, torch.zeros(64)).sample, t, x).prev_sample
+    assert relative_error(x, start, 999, 0.3) < error
 
 
-@pytest.mark.parametrize("script", SAMPLERS)
-def test_pixels(script):
-    x = torch.tensor([-2.0, -1.0, 0.0, 1.0]).view(1, 1, 2, 2)
-    assert script.to_uint8(x).tolist() == [[[[0] * 3, [0] * 3], [[128] * 3, [255] * 3]]]
+def test_decoding_a_class_embedding_is_decoding_the_class(code, tmp_path):
+    unet = tiny_unet()
+    unet.save_pretrained(tmp_path / "diffusion" / "unet")
+    SCHEDULE.save_pretrained(tmp_path / "diffusion" / "scheduler")
+    Gamma = code.class_anchors(tmp_path / "diffusion")
+    assert torch.equal(Gamma, unet.class_embedding.weight[:3])  # without the null class
+    options = {"dir": tmp_path, "device": "cpu", "fp32": False, "scheduler": "ddim"}
+    args = SimpleNamespace(**options, steps=5, guidance=2.5)
+    y = torch.tensor([0, 2, 1])
+    images = code.class_decoder(Gamma.numpy(), args)(Gamma[y], y, [7, 8, 9])
+    x = torch.stack([torch.randn(1, 8, 8, generator=generator(seed)) for seed in (7, 8, 9)])
+    solver = code.make_solver(SCHEDULE, args)
+    for t in solver.timesteps:
+        with torch.no_grad():
+            free = unet(x, t, torch.full((3,), 3)).sample
+            eps = free + 2.5 * (unet(x, t, y).sample - free)
+        x = solver.step(eps, t, x).prev_sample
+    torch.testing.assert_close(images, x, atol=1e-4, rtol=0)
 
 
-# Detectors
-
-
-def test_energy_and_dream_loss_by_hand():
-    logits, labels = torch.randn(5, 3).double(), torch.tensor([0, 2, 1])
-    is_id, phi = torch.tensor([True, True, True, False, False]), torch.nn.Linear(1, 2).double()
-    a = logits.numpy()
-    E = np.log(np.exp(a).sum(1))
-    assert np.allclose(train_classifier.energy(logits).numpy(), E)
-    assert np.allclose(train_classifier.energy(logits, T=2.0).numpy(), 2 * np.log(np.exp(a / 2).sum(1)))
-    ce = np.mean([E[i] - a[i, c] for i, c in enumerate([0, 2, 1])])
-    weight, bias = phi.weight.detach().numpy()[:, 0], phi.bias.detach().numpy()
-    out = E[:, None] * weight + bias
-    regularisation = np.mean([np.log(np.exp(o).sum()) - o[k] for o, k in zip(out, [1, 1, 1, 0, 0], strict=True)])
-    loss = train_classifier.dream_loss(logits, labels, is_id, phi, 2.5).item()
-    assert loss == pytest.approx(ce + 2.5 * regularisation, rel=1e-9)
-
-
-def test_sd_loss_by_hand():
-    torch.manual_seed(0)
-    logits = {"g_bin": torch.randn(4, 2), "g_in": torch.randn(4, 3), "g_out": torch.randn(4, 3)}
-    labels, outlier, lam = [0, 2, 1, 1], [0, 0, 1, 1], 0.5
-    ce = lambda row, k: math.log(row.exp().sum()) - row[k].item()  # noqa: E731
-    total = 0.0
-    for i in range(4):
-        total += ce(logits["g_bin"][i], outlier[i])
-        total += lam * ce(logits["g_out"][i], labels[i]) if outlier[i] else ce(logits["g_in"][i], labels[i])
-    loss = train_classifier.sd_loss(logits, torch.tensor(labels), torch.tensor(outlier), lam).item()
-    assert loss == pytest.approx(total / 4, rel=1e-5)
-
-
-@pytest.mark.parametrize("method", ["ce", "dream", "dream-id", "sd"])
-@pytest.mark.parametrize("arch", ["small", "resnet18"])
-def test_detectors_have_the_heads_of_their_method(method, arch):
-    net = train_classifier.Detector(method, arch, 4, 0).eval()
-    features, logits = net(torch.zeros(2, 3, 16, 16))
-    assert features.shape == (2, 512)
-    expected = {"g_bin": 2, "g_in": 4, "g_out": 4} if method == "sd" else {"g_in": 4}
-    assert {name: tuple(head.shape) for name, head in logits.items()} == {name: (2, n) for name, n in expected.items()}
-    assert hasattr(net, "phi") == (method == "dream")
-
-
-def test_outliers_take_the_format_of_the_id_data():
-    grey = np.random.default_rng(0).choice([0, 100, 255], (50, 4, 4, 1)).astype(np.uint8).repeat(3, axis=3)
-    colour = np.random.default_rng(1).integers(0, 256, (50, 4, 4, 3), dtype=np.uint8)
-    made = train_classifier.in_format_of(grey, colour)
-    luminance = np.rint(colour @ np.array([0.299, 0.587, 0.114]))
-    nearest = np.array([0, 100, 255])[np.abs(luminance[..., None] - [0, 100, 255]).argmin(-1)]
-    assert made.dtype == np.uint8 and (made == nearest[..., None]).all()
-    photographs = np.random.default_rng(2).integers(0, 256, (500, 8, 8, 3), dtype=np.uint8)
-    assert (train_classifier.in_format_of(photographs, colour) == colour).all()
-
-
-# Data sets
-
-
-def test_digits_are_divided_by_class():
-    (train, y, names), (test, y_test, _) = (
-        train_scan_diffusion.read_images("digits:0-5", s, 8) for s in ("train", "test")
-    )
-    assert len(train) + len(test) == 1083 and names == list("012345") and train.shape[1:] == (8, 8, 3)
-    assert set(y) == set(y_test) == set(range(6)) and 0.19 < len(test) / 1083 < 0.21
-    everything, labels, names = train_scan_diffusion.read_images("digits:6,8-9", "ood", 8)
-    assert names == ["6", "8", "9"] and set(labels) == {0, 1, 2} and len(everything) == 181 + 174 + 180
-
-
-def test_folders_arrays_and_patches(tmp_path):
+def test_images_take_the_levels_of_the_id_data(code):
     rng = np.random.default_rng(0)
-    for part in ("train", "test"):
-        for label in ("cat", "dog"):
-            (tmp_path / "set" / part / label).mkdir(parents=True)
-            for i in range(3):
-                pixels = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "set" / part / label / f"{i}.png")
-    images, labels, names = train_scan_diffusion.read_images(str(tmp_path / "set"), "train", 16)
-    assert images.shape == (6, 16, 16, 3) and labels.tolist() == [0, 0, 0, 1, 1, 1] and names == ["cat", "dog"]
-    images, labels, names = train_scan_diffusion.read_images(f"{tmp_path / 'set'}:1", "test", 16)
-    assert len(images) == 3 and labels.tolist() == [0, 0, 0] and names == ["dog"]
-    images, labels, names = train_scan_diffusion.read_images(str(tmp_path / "set" / "train" / "cat"), "ood", 16)
-    assert images.shape == (3, 16, 16, 3) and labels is None and names is None
-    arrays = rng.integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
-    np.save(tmp_path / "x.npy", arrays)
-    np.save(tmp_path / "x.labels.npy", np.arange(10) % 2)
-    images, labels, _ = train_scan_diffusion.read_images(str(tmp_path / "x.npy"), "ood", 16)
-    assert (images == arrays).all() and labels.tolist() == [0, 1] * 5
-    images, labels, _ = train_scan_diffusion.read_images(str(tmp_path / "x.npy"), "test", 16)
-    assert labels.tolist() == [0, 1] and (images == arrays[8:]).all()  # the fifth of each class
-    assert train_scan_diffusion.read_images("patches", "ood", 8)[0].shape == (520, 8, 8, 3)
+    colour = rng.integers(0, 256, (50, 4, 4, 3), dtype=np.uint8)
+    photographs = rng.integers(0, 256, (250, 8, 8, 3), dtype=np.uint8)
+    assert (code.match_levels(photographs, colour) == colour).all()
+    assert (code.to_uint8(code.to_float(torch.from_numpy(colour))) == colour).all()
+    x = torch.tensor([[[[-2.0, 0, 1]]]])
+    assert code.to_uint8(x).tolist() == [[[[0] * 3, [128] * 3, [255] * 3]]]
+    digits = np.rint(np.arange(17) * (255 / 16)).astype(np.uint8)
+    images = rng.choice(digits, (500, 8, 8, 1)).repeat(3, axis=3)
+    made = code.match_levels(torch.from_numpy(images), colour)
+    mean = np.rint(colour.mean(3, keepdims=True))
+    assert made.dtype == np.uint8 and set(np.unique(made)) <= set(digits)
+    assert (np.abs(made - mean) == np.abs(mean - digits).min(-1, keepdims=True)).all()
+    assert (code.match_levels(images, images) == images).all()
 
 
-def prepared(folder, data):
-    args = argparse.Namespace(dir=folder, data=data, image_size=8, device="cpu", data_root="data")
-    return train_scan_diffusion.prepare_data(args)
+def test_energy_and_dream_loss_by_hand(code):
+    logits = normal(5, 3)
+    log_p = log_softmax(logits.numpy(), 1)
+    classification = -log_p[[0, 1, 2], [0, 2, 1]].mean()
+    E = np.log(np.exp(logits.numpy()).sum(1))
+    np.testing.assert_allclose(code.energy(logits), E)
+    np.testing.assert_allclose(code.energy(2 * logits, T=2.0), 2 * E)
+    phi = torch.nn.Linear(1, 2).double()
+    out = log_softmax(E[:, None] * phi.weight.detach().numpy().T + phi.bias.detach().numpy(), 1)
+    regularisation = -out[range(5), [1, 1, 1, 0, 0]].mean()
+    is_id = torch.tensor([True, True, True, False, False])
+    loss = code.dream_loss(logits, torch.tensor([0, 2, 1, 0, 0]), is_id, phi, 2.5).item()
+    assert loss == pytest.approx(classification + 2.5 * regularisation, rel=1e-9)
 
 
-def test_new_id_data_replaces_what_is_left_of_old(tmp_path):
-    prepared(tmp_path, "digits:0-2")
-    (tmp_path / "data.json").unlink()
-    (tmp_path / "train.npy").unlink()  # test.npy and the labels of other classes stay behind
-    data, images, labels = prepared(tmp_path, "digits:3-5")
-    test, y, _ = train_scan_diffusion.read_images("digits:3-5", "test", 8)
-    assert (images["test"].permute(0, 2, 3, 1).numpy() == test).all() and (labels["test"] == y).all()
-    assert data["classes"] == ["3", "4", "5"]
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+def test_sd_loss_by_hand(code, lam):
+    logits = {"g_bin": normal(4, 2), "g_in": normal(4, 3, seed=1), "g_out": normal(4, 3, seed=2)}
+    log_p = {name: log_softmax(z.numpy(), 1) for name, z in logits.items()}
+    total = log_p["g_bin"][range(4), [0, 0, 1, 1]].sum() + log_p["g_in"][[0, 1], [0, 2]].sum()
+    total += lam * log_p["g_out"][[2, 3], [1, 1]].sum()
+    loss = code.sd_loss(logits, torch.tensor([0, 2, 1, 1]), torch.tensor([0, 0, 1, 1]), lam).item()
+    assert loss == pytest.approx(-total / 4, rel=1e-9)
 
 
-def test_class_names_without_labels_are_left_out(tmp_path):
-    (tmp_path / "set").mkdir()
-    for name in ("train", "test"):
-        np.save(tmp_path / "set" / f"{name}.npy", np.zeros((4, 8, 8, 3), np.uint8))
-    (tmp_path / "set" / "classes.txt").write_text("cat\ndog\n")
-    data, _, labels = prepared(tmp_path / "run", str(tmp_path / "set"))
-    assert data["classes"] is None and labels == {"train": None, "test": None}
+def test_logit_scores(code):
+    logits = 3 * normal(50, 4)
+    scores = code.logit_scores(logits)
+    confidence = np.exp(log_softmax(logits.numpy(), 1)).max(1)
+    np.testing.assert_allclose(scores["msp"].exp(), 1 - confidence, rtol=1e-9)
+    np.testing.assert_allclose(scores["maxlogit"], -logits.numpy().max(1))
+    np.testing.assert_allclose(scores["energy"], -logsumexp(logits.numpy(), 1))
+    sure = code.logit_scores(torch.tensor([[90.0, 0, 0], [95, 0, 0], [900, 0, 0]]))["msp"]
+    assert sure.isfinite().all() and sure[0] > sure[1] > sure[2]  # softmax is 1 for all three
+
+
+@pytest.mark.parametrize("hidden", [0, 8])
+def test_phi_score_is_the_log_odds_of_ood(code, hidden):
+    logits = 3 * normal(50, 4)
+    E = logsumexp(logits.numpy(), 1)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        phi = code.Detector("dream", "small", 4, hidden, None).phi.double().requires_grad_(False)
+        p = phi(torch.from_numpy(E)[:, None]).softmax(1).numpy()
+        score = code.phi_score(logits, phi).numpy()
+        np.testing.assert_allclose(score, np.log(p[:, 0] / p[:, 1]), atol=1e-9)
+        assert hidden or (np.argsort(score) == np.argsort(-E)).all()  # linear: w_1 > w_0 at first
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(31, 31), (30, 12), (12, 30)])
+@pytest.mark.parametrize(("k", "alpha"), [(2, None), (5, 0.7)])
+def test_sd_scores_equal_brute_force(code, inside, outside, k, alpha):
+    D_in = normal(inside, 3)
+    D_out = 1 + normal(outside, 3, seed=1)
+    f = 0.5 + normal(20, 3, seed=2)
+    scores = code.sd_scores(f, D_in, D_out, k, alpha)
+    if alpha is None:  # an image is not its own neighbour
+        own = np.sort(cdist(D_in, D_in, "sqeuclidean"), 1)[:, 1 : k + 1]
+        alpha = sorted(own.mean(1))[(inside - 1) // 2]
+    distance = np.sort(cdist(f, D_in, "sqeuclidean"), 1)[:, :k].sum(1)
+    n = min(inside, outside)  # 1 : 1
+    bank = [D_in[i * inside // n] for i in range(n)] + [D_out[i * outside // n] for i in range(n)]
+    votes = (np.argsort(cdist(f, torch.stack(bank)), 1)[:, :k] >= n).sum(1)
+    np.testing.assert_allclose(scores["distance"], distance, rtol=1e-9)
+    assert (scores["voting"].numpy() == votes).all() and votes.any()
+    np.testing.assert_allclose(scores["distance+voting"], distance + alpha * votes, rtol=1e-6)
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_mahalanobis_scores_equal_their_definition(code, repeated):
+    """Columns twice, a sum of columns and a constant one say nothing new: the scores stay."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 2, 3], 40)
+    train = rng.normal(size=(120, 6)) @ rng.normal(size=(6, 6)) + rng.normal(size=(4, 6))[labels]
+    far = 4 * rng.normal(size=(30, 6))
+    means = np.stack([train[labels == c].mean(0) for c in (0, 2, 3)])
+    centred = train - means.repeat(40, 0)
+    P = np.linalg.inv(centred.T @ centred / 120)
+    near = cdist(far, means, "mahalanobis", VI=P).min(1) ** 2
+    P_0 = np.linalg.inv(np.cov(train.T, bias=True))
+    background = [(x - train.mean(0)) @ P_0 @ (x - train.mean(0)) for x in far]
+    if repeated:
+        far, train = (np.c_[x, x[:, :2], x.sum(1), np.full(len(x), 7.0)] for x in (far, train))
+    scores = code.mahalanobis_scores(far, train, labels)
+    np.testing.assert_allclose(scores["mahalanobis"], near, rtol=1e-6)
+    np.testing.assert_allclose(scores["relative-mahalanobis"], near - background, atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "size"), [(60, 12), (64, 12), (5, 12)])
+def test_batches_pass_over_all_rows_in_a_new_order_each_time(code, count, size):
+    batches = max(1, count // size)
+    parts = [code.batch_rows(count, size, step, 0, "x") for step in range(3 * batches)]
+    passes = torch.cat(parts).view(3, -1).tolist()
+    assert len(passes[0]) == min(count, batches * size)  # the rest is dropped
+    for rows in passes:
+        assert len(set(rows) & set(range(count))) == len(rows)
+    assert passes[0] != passes[1] != passes[2] != passes[0]
+    other = [code.batch_rows(count, size, 0, *key).tolist() for key in ((1, "x"), (0, "y"))]
+    assert passes[0][:size] not in [*other, sorted(passes[0])[:size]]
+
+
+def test_seeds_differ_and_are_what_torch_takes(code):
+    seeds = {code.seed_of(seed, i) for seed in range(3) for i in range(2000)}
+    seeds |= {code.seed_of(0, stage, i) for stage in ("simclr", "scan-1") for i in range(2000)}
+    assert len(seeds) == 10000 and all(0 <= seed < 2**32 for seed in seeds)

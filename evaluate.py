@@ -535,6 +535,8 @@ def load_sets(args):
     writer = "train_scan_diffusion.py"
     data = read_description(args.dir)
     images = {"train": load_array(args.dir / "train.npy", (None, None, None, 3), np.uint8, writer)}
+    if max(args.k, args.knn_k) >= len(images["train"]):
+        sys.exit(f"--k or --knn-k is not below {len(images['train'])} images; lower it")
     shape = (None, *images["train"].shape[1:])
     images["id"] = load_array(args.dir / "test.npy", shape, np.uint8, writer)
     args.image_size = shape[1]

@@ -511,10 +511,10 @@ def read_vit(arch):
         processor = AutoImageProcessor.from_pretrained(name)
     except Exception as error:  # the hub and transformers raise of every kind
         sys.exit(f"{arch} gives no vision model ({error!r:.200}); give another hub id or folder")
-    size = getattr(processor, "crop_size", None) or processor.size
+    size = dict(getattr(processor, "crop_size", None) or processor.size)
     return {
         "config": json.loads(config.to_json_string(use_diff=False)),
-        "side": dict(size)["height"],
+        "side": size.get("height") or size["shortest_edge"],
         "mean": list(processor.image_mean),
         "std": list(processor.image_std),
     }

@@ -333,6 +333,8 @@ def main():
     train, known = load_split("train", data, args)
     test, known_test = load_split("test", data, args)
     args.inputs = fingerprint(train)
+    if args.K >= len(train):
+        sys.exit(f"--K {args.K} neighbours of {len(train)} images; lower it")
     if args.labels == "scan":
         arrays = scan_labels(train, test, known, classes, args)
     else:

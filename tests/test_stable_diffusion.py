@@ -1,7 +1,6 @@
 """Papers A and B with a tiny Stable Diffusion of the real classes; the jobs of both samplers."""
 
 import argparse
-import csv
 import importlib
 import json
 import os
@@ -33,15 +32,10 @@ def pipe(load, tiny_sd):
 
 
 @pytest.fixture(scope="module")
-def row(pipe):
-    """row(token): its number, and its row of the token-embedding table."""
+def tokens(pipe):
+    """{token: (its number, its row of the token-embedding table)}"""
     table = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
-
-    def row(token):
-        number = pipe.tokenizer.get_vocab()[token]
-        return number, table[number]
-
-    return row
+    return {token: (i, table[i]) for token, i in pipe.tokenizer.get_vocab().items()}
 
 
 @pytest.fixture
@@ -57,11 +51,12 @@ def options(tiny_sd, tmp_path):
     return options
 
 
-def test_anchors_are_rows_of_the_token_table(load, pipe, row, capsys):
+def test_anchors_are_rows_of_the_token_table(load, pipe, tokens, capsys):
     words = [("zero", "zero"), ("porcupine", "porcupine"), ("one", "two one")]
     models = pipe.tokenizer, pipe.text_encoder
     anchors = [load(ENCODER).token_anchors(*models, words, how) for how in ("first", "mean")]
-    numbers, rows = zip(*map(row, ("zero</w>", "por", "one</w>", "cup", "ine</w>")), strict=True)
+    chosen = [tokens[token] for token in ("zero</w>", "por", "one</w>", "cup", "ine</w>")]
+    numbers, rows = zip(*chosen, strict=True)
     assert torch.equal(anchors[0], torch.stack(rows[:3]))
     mean = (rows[1] + rows[3] + rows[4]) / 3
     assert torch.allclose(anchors[1], torch.stack([rows[0], mean, rows[2]]))
@@ -73,7 +68,7 @@ def test_anchors_are_rows_of_the_token_table(load, pipe, row, capsys):
         one_line(f"'{word}'", load(ENCODER).token_anchors, *models, [("zero", ""), (word, "")], how)
 
 
-def test_released_words(load):
+def test_released_and_given_words(load, options):
     script = load(ENCODER)
     items = [item.split(":")[0].strip() for item in script.CLASS_WORDS.split(";")]
     wnids = [name for name in items if re.fullmatch(r"n\d{8}", name)]
@@ -85,13 +80,9 @@ def test_released_words(load):
         "night_owl": ("night owl", "night owl"),
     }
     assert script.default_words(words) == list(words.values())
-
-
-def test_class_words_files(load, options):
     path = options("cat", "fish: aquarium fish").dir / "class_words.txt"
-    words = load(ENCODER).read_class_words(path)
-    assert words == [("cat", "cat"), ("fish", "aquarium fish")]
-    one_line("x.txt is missing", load(ENCODER).read_class_words, path.with_name("x.txt"))
+    assert script.read_class_words(path) == [("cat", "cat"), ("fish", "aquarium fish")]
+    one_line("x.txt is missing", script.read_class_words, path.with_name("x.txt"))
 
 
 def test_a_text_model_without_its_weights(load, tiny_sd, tmp_path):
@@ -101,38 +92,40 @@ def test_a_text_model_without_its_weights(load, tiny_sd, tmp_path):
     one_line("lacks weights of text_encoder", load(ENCODER).load_text_model, tmp_path / "sd")
 
 
-@pytest.mark.parametrize(("policy", "tokens"), [("first", 1), ("mean", 3)])
-def test_slots(load, pipe, row, options, policy, tokens):
+@pytest.mark.parametrize(("policy", "count"), [("first", 1), ("mean", 3)])
+def test_slots(load, pipe, tokens, options, policy, count):
     """Every place of the anchored token in the prompt; of a mean, of each of its tokens."""
     args = options("porcupine", "one: one with one", prompt="{class} or two")
     models = pipe.tokenizer, pipe.text_encoder
     words = [("porcupine", ""), ("one", "")]
     Gamma = load(ENCODER).token_anchors(*models, words, policy)
     ids, slots = load(A).class_slots(pipe, Gamma, args)
-    assert ids[0][slots[0]].tolist() == [row(t)[0] for t in ("por", "cup", "ine</w>")[:tokens]]
-    assert ids[1][slots[1]].tolist() == [row("one</w>")[0]] * 2
+    pieces = [tokens[token][0] for token in ("por", "cup", "ine</w>")]
+    assert ids[0][slots[0]].tolist() == pieces[:count]
+    assert ids[1][slots[1]].tolist() == [tokens["one</w>"][0]] * 2
     for other in (Gamma + 0.01, Gamma[:, :8], Gamma[:1]):  # of another --diffusion, other words
         one_line("train_text_encoder.py", load(A).class_slots, pipe, other, args)
 
 
-def stock_image(tiny_sd, scheduler, phrase, seed, token, v):
+def stock_image(tiny_sd, name, phrase, seed, token, v):
     """What diffusers' own pipeline makes in 5 steps where v is the token's row of the table."""
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = SOLVERS[name].from_config(pipe.scheduler.config)
     pipe.text_encoder.get_input_embeddings().weight.data[token] = v
     given = {"num_inference_steps": 5, "guidance_scale": 7.5, "output_type": "pt"}
     prompt = f"A high-quality image of the {phrase}"
     return pipe(prompt, **given, generator=torch.Generator().manual_seed(seed)).images * 2 - 1
 
 
-SOLVERS = [("pndm", "PNDM"), ("dpmpp", "DPMSolverMultistep"), ("ddim", "DDIM")]
+SOLVERS = {"pndm": diffusers.PNDMScheduler, "ddim": diffusers.DDIMScheduler}
+SOLVERS["dpmpp"] = diffusers.DPMSolverMultistepScheduler
 
 
-@pytest.mark.parametrize(("name", "solver"), SOLVERS)
-def test_injecting_is_editing_the_table_for_each_image(load, tiny_sd, row, options, name, solver):
+@pytest.mark.parametrize("name", SOLVERS)
+def test_injecting_is_editing_the_table(load, tiny_sd, tokens, options, name):
     phrases = ["zero", "one or one"]
-    tokens = [row("zero</w>"), row("one</w>")]
-    Gamma = torch.stack([vector for _, vector in tokens])
+    anchored = [tokens["zero</w>"], tokens["one</w>"]]
+    Gamma = torch.stack([vector for _, vector in anchored])
     args = options("zero", "one: one or one", scheduler=name)
     decode = load(A).text_decoder(Gamma.numpy(), args)
     classes = torch.tensor([0, 1, 1])
@@ -141,8 +134,7 @@ def test_injecting_is_editing_the_table_for_each_image(load, tiny_sd, row, optio
     v[2] += 0.1 * torch.randn(32, generator=torch.Generator().manual_seed(0))
     images = decode(v, classes, seeds)
     for i, c in enumerate(classes.tolist()):
-        scheduler = getattr(diffusers, f"{solver}Scheduler")
-        stock = stock_image(tiny_sd, scheduler, phrases[c], seeds[i], tokens[c][0], v[i])
+        stock = stock_image(tiny_sd, name, phrases[c], seeds[i], anchored[c][0], v[i])
         assert (images[i] - stock).abs().max() < 1e-4
     v[1] = v[2]
     change = (decode(v, classes, seeds) - images).abs().amax((1, 2, 3))
@@ -157,30 +149,27 @@ def stored(x):
     return levels[np.abs(grey[..., None] - levels).argmin(2)]
 
 
-def table_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+def read_table(path):
+    return np.genfromtxt(path, delimiter=",", names=True)
 
 
-def test_files_of_the_run(sd_run, tiny_sd, row):
+def test_files_of_the_run(sd_run, tokens):
     Gamma = np.load(sd_run / "anchors.npy")
-    assert np.array_equal(Gamma, [row(token)[1] for token in ("zero</w>", "one</w>", "por")])
+    assert np.array_equal(Gamma, [tokens[token][1] for token in ("zero</w>", "one</w>", "por")])
     words = (sd_run / "class_words.txt").read_text().splitlines()
     assert words == ["zero: zero", "one: one", "porcupine: high-quality porcupine"]
     labels = np.load(sd_run / "train.labels.npy")
     assert np.array_equal(np.load(sd_run / "id_labels.npy"), labels)
     assert not (sd_run / "pseudo_labels.npy").exists() and not list(sd_run.glob("*partial*"))
     outliers = np.load(sd_run / "outliers.npy")
-    rows = table_of(sd_run / "outliers.csv")
     assert outliers.shape == (36, 8, 8, 3) and outliers.dtype == np.uint8
     assert len(np.unique(outliers, axis=0)) == 36
     norms = np.linalg.norm(np.load(sd_run / "outlier_embeddings.npy"), axis=1)
     assert np.allclose(norms, np.linalg.norm(Gamma, axis=1).repeat(12), rtol=1e-5)
-    classes = np.load(sd_run / "outlier_labels.npy").tolist()
-    assert classes == [i // 12 for i in range(36)] == [int(r["class"]) for r in rows]
-    assert classes == [labels[int(r["source"])] for r in rows]
-    expected = {"diffusion": str(tiny_sd), "scheduler": "pndm", "seed": 0, "guidance": 7.5}
-    assert json.loads((sd_run / "outliers.json").read_text()).items() >= expected.items()
+    table = read_table(sd_run / "outliers.csv")
+    classes = np.load(sd_run / "outlier_labels.npy")
+    assert classes.tolist() == [i // 12 for i in range(36)] == table["class"].tolist()
+    assert np.array_equal(classes, labels[table["source"].astype(int)])
     records = json.loads((sd_run / "results.json").read_text())
     assert {r["method"] for r in records} == {"ce", "dream", "sd"}
 
@@ -188,10 +177,10 @@ def test_files_of_the_run(sd_run, tiny_sd, row):
 def test_an_outlier_can_be_made_again_from_its_embedding_and_seed(load, sd_run, options):
     args = options(dir=sd_run, steps=4)
     decode = load(A).text_decoder(np.load(sd_run / "anchors.npy"), args)
-    rows = table_of(sd_run / "outliers.csv")
+    table = read_table(sd_run / "outliers.csv")
     for i in (0, 17, 35):
         v = torch.from_numpy(np.load(sd_run / "outlier_embeddings.npy")[[i]])
-        image = decode(v, torch.tensor([int(rows[i]["class"])]), [int(rows[i]["seed"])])
+        image = decode(v, torch.tensor([i // 12]), [int(table["seed"][i])])
         assert (stored(image) == np.load(sd_run / "outliers.npy")[i, :, :, 0]).mean() > 0.98
 
 
@@ -199,18 +188,18 @@ def test_paper_b_with_prompts_by_hand(sd_run, pipe):
     """Encode, noise to S, denoise under the wrong class's prompt, decode."""
     images = np.load(sd_run / "train.npy")
     made = np.load(sd_run / "sd_outliers.npy")
-    rows = table_of(sd_run / "sd_outliers.csv")
-    assert made.shape == images.shape and all(r["y"] != r["c_r"] for r in rows)
-    assert [int(r["y"]) for r in rows] == np.load(sd_run / "train.labels.npy").tolist()
+    table = read_table(sd_run / "sd_outliers.csv")
+    assert made.shape == images.shape and (table["y"] != table["c_r"]).all()
+    assert np.array_equal(table["y"], np.load(sd_run / "train.labels.npy"))
     phrases = ["zero", "one", "high-quality porcupine"]
     scale = pipe.vae.config.scaling_factor
     abar = pipe.scheduler.alphas_cumprod[100]
     for i in (0, 200):
-        prompts = [PROMPT.replace("{class}", phrases[int(rows[i]["c_r"])]), ""]
+        prompts = [PROMPT.replace("{class}", phrases[int(table["c_r"][i])]), ""]
         given = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
         x = torch.from_numpy(images[[i]]).permute(0, 3, 1, 2) / 127.5 - 1
         x = torch.nn.functional.interpolate(x, (16, 16), mode="bicubic").clamp(-1, 1)
-        generator = torch.Generator().manual_seed(int(rows[i]["seed"]))
+        generator = torch.Generator().manual_seed(int(table["seed"][i]))
         solver = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         solver.set_timesteps(timesteps=[100, 44, 11, 0])
         with torch.no_grad():
@@ -270,9 +259,8 @@ def test_a_job_goes_on_refuses_and_is_made_again(load, tmp_path, monkeypatch, ca
         assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npy"]
         return made
 
-    for stop in (4, 3):  # blocks of two images: the second is not finished
-        with pytest.raises(KeyboardInterrupt):
-            work(stop)
+    with pytest.raises(KeyboardInterrupt):
+        work(stop=3)  # in the second of three blocks
     with pytest.raises(SystemExit, match="--restart"):
         work(inputs=[2])
     assert work(batch_size=1) == [2, 3, 4]
@@ -280,10 +268,10 @@ def test_a_job_goes_on_refuses_and_is_made_again(load, tmp_path, monkeypatch, ca
     assert work(restart=True) == work(S=151) == [0, 1, 2, 3, 4]
 
 
-def job(script, folder, *words, kill="", **environment):
-    """main() of a sampler with blocks of 16 images; SIGKILL when a file would be named `kill`."""
+def job(script, folder, *words, block=16, kill="", **environment):
+    """main() of a sampler with blocks of so many images; SIGKILL at a file to be named `kill`."""
     module = importlib.import_module(script)
-    module.BLOCK = 16
+    module.BLOCK = block
     torch.set_num_threads(1)
     rename = os.replace
 
@@ -322,8 +310,8 @@ def begin(tiny_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(begin):
-    """{script: every file of its folder after one process without interruption}."""
-    jobs = {script: begin(script, "one") for script in (A, B)}
+    """{script: every file of its folder after one process with batches of 256}."""
+    jobs = {script: begin(script, "one", block=256) for script in (A, B)}
     return {script: files_of(*jobs[script]) for script in jobs}
 
 

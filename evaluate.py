@@ -305,8 +305,8 @@ def load_array(path, shape, dtype, writer):
         sys.exit(f"{path} is missing, damaged or not {shape}; run {writer}")
     if array.dtype != dtype or not all(same):
         sys.exit(f"{path} holds {array.dtype} {array.shape}, not {shape}; run {writer} again")
-    negative = array.dtype.kind == "i" and array.min() < 0
-    if negative or (array.dtype.kind == "f" and not np.isfinite(array).all()):
+    negative = dtype == np.int64 and array.min() < 0
+    if negative or (dtype == np.float32 and not np.isfinite(array).all()):
         sys.exit(f"{path} holds negative labels, or values not finite; run {writer} again")
     return array
 
@@ -420,7 +420,8 @@ def read_dataset(spec, split, args):
         return dataset, None, []
     labels = np.asarray([] if labels is None else labels, np.int64)
     names = getattr(dataset, "classes", None) or [str(c) for c in np.unique(labels)]
-    if labels.max(initial=0) >= len(names) or not set(chosen) <= set(range(len(names))):
+    impossible = set(chosen) - set(range(len(names))) or bool(subset) != bool(chosen)
+    if impossible or labels.max(initial=0) >= len(names):
         sys.exit(f"{spec}: {name} has {len(names)} class names; give classes as 0-5 or 0,3,7")
     if subset:
         rows = np.flatnonzero(np.isin(labels, chosen))
@@ -432,10 +433,10 @@ def read_dataset(spec, split, args):
 
 def class_numbers(text):
     """Class numbers of "0-5" or "0,1,4-6"; [] of ""."""
-    numbers = []
+    numbers = set()
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
-        numbers.extend(range(int(first), int(last or first) + 1))
+        numbers.update(range(int(first), int(last or first) + 1))
     return sorted(numbers)
 
 
@@ -655,8 +656,10 @@ def id_accuracy(logits, labels, args):
     y = load_array(path, (len(logits["g_in"]),), np.int64, "train_scan_diffusion.py")
     table = confusion_matrix(y, logits["g_in"].argmax(1).cpu())
     known = args.dir / "train.labels.npy"
-    if known.exists() and np.array_equal(np.load(known), labels):
-        return table.trace() / table.sum()
+    if known.exists():
+        known = load_array(known, labels.shape, np.int64, "train_scan_diffusion.py")
+        if np.array_equal(known, labels):
+            return table.trace() / table.sum()
     return table[linear_sum_assignment(table, maximize=True)].sum() / table.sum()
 
 

@@ -318,8 +318,8 @@ def load_array(path, shape, dtype, writer):
         sys.exit(f"{path} is missing, damaged or not {shape}; run {writer}")
     if array.dtype != dtype or not all(same):
         sys.exit(f"{path} holds {array.dtype} {array.shape}, not {shape}; run {writer} again")
-    negative = array.dtype.kind == "i" and array.min() < 0
-    if negative or (array.dtype.kind == "f" and not np.isfinite(array).all()):
+    negative = dtype == np.int64 and array.min() < 0
+    if negative or (dtype == np.float32 and not np.isfinite(array).all()):
         sys.exit(f"{path} holds negative labels, or values not finite; run {writer} again")
     return array
 

@@ -212,8 +212,8 @@ def train_selflabel(net, images, args):
 def find_clusters(images, labels, classes, args):
     """All steps of SCAN: the clustering network and the backbone of SimCLR. labels: to report."""
     pretext, z = train_simclr(images, args)
-    kmeans = KMeans(classes, n_init=10, random_state=args.seed)
-    report("1 SimCLR + k-means", kmeans.fit_predict(z.cpu().numpy()), labels, classes)
+    kmeans = KMeans(classes, n_init=10, random_state=args.seed).fit(z.cpu().numpy())
+    report("1 SimCLR + k-means", kmeans.labels_, labels, classes)
     # SCAN, step 2: the K nearest neighbours are mostly of the image's own class.
     neighbours = knn(z, z, args.K + 1)[1][:, 1:]
     neighbours = neighbours.cpu().sort(1).values  # an order that rounding does not change
@@ -314,8 +314,7 @@ def parse_args():
     args = parser.parse_args()
     if not given:
         by_hand = (args.dir / "train.npy").exists()
-        kept = read_description(args.dir).get("data", ARRAYS if by_hand else args.data)
-        args.data = kept
+        args.data = read_description(args.dir).get("data", ARRAYS if by_hand else args.data)
     return args
 
 
@@ -333,7 +332,7 @@ def main():
     train, known = load_split("train", data, args)
     test, known_test = load_split("test", data, args)
     args.inputs = fingerprint(train)
-    if args.K >= len(train):
+    if len(train) <= args.K:
         sys.exit(f"--K {args.K} neighbours of {len(train)} images; lower it")
     if args.labels == "scan":
         arrays = scan_labels(train, test, known, classes, args)
@@ -350,8 +349,7 @@ def main():
     if args.rank == 0:
         save_diffusion(unet, scheduler, args.dir)
     drop_checkpoints(["diffusion"], args)
-    print(f"wrote pseudo-labels and diffusion/ to {args.dir}")
-    print(f"next: python train_text_encoder.py, python sample_sd_outliers.py, --dir {args.dir}")
+    print(f"wrote diffusion/ to {args.dir}; next: train_text_encoder.py, sample_sd_outliers.py")
 
 
 # ---- plumbing: not the paper's method; same name, same text in every script ----
@@ -472,8 +470,8 @@ def load_array(path, shape, dtype, writer):
         sys.exit(f"{path} is missing, damaged or not {shape}; run {writer}")
     if array.dtype != dtype or not all(same):
         sys.exit(f"{path} holds {array.dtype} {array.shape}, not {shape}; run {writer} again")
-    negative = array.dtype.kind == "i" and array.min() < 0
-    if negative or (array.dtype.kind == "f" and not np.isfinite(array).all()):
+    negative = dtype == np.int64 and array.min() < 0
+    if negative or (dtype == np.float32 and not np.isfinite(array).all()):
         sys.exit(f"{path} holds negative labels, or values not finite; run {writer} again")
     return array
 
@@ -809,7 +807,8 @@ def read_dataset(spec, split, args):
         return dataset, None, []
     labels = np.asarray([] if labels is None else labels, np.int64)
     names = getattr(dataset, "classes", None) or [str(c) for c in np.unique(labels)]
-    if labels.max(initial=0) >= len(names) or not set(chosen) <= set(range(len(names))):
+    impossible = set(chosen) - set(range(len(names))) or bool(subset) != bool(chosen)
+    if impossible or labels.max(initial=0) >= len(names):
         sys.exit(f"{spec}: {name} has {len(names)} class names; give classes as 0-5 or 0,3,7")
     if subset:
         rows = np.flatnonzero(np.isin(labels, chosen))
@@ -821,10 +820,10 @@ def read_dataset(spec, split, args):
 
 def class_numbers(text):
     """Class numbers of "0-5" or "0,1,4-6"; [] of ""."""
-    numbers = []
+    numbers = set()
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
-        numbers.extend(range(int(first), int(last or first) + 1))
+        numbers.update(range(int(first), int(last or first) + 1))
     return sorted(numbers)
 
 
@@ -933,7 +932,9 @@ def write_labels(arrays, args):
     if args.rank == 0:
         path = args.dir / "pseudo_labels.npy"
         labels = np.asarray(arrays["train"])
-        if path.exists() and not np.array_equal(np.load(path), labels):
+        if path.exists() and not np.array_equal(
+            load_array(path, (None,), np.int64, "this script without it"), labels
+        ):
             shutil.rmtree(args.dir / "diffusion", ignore_errors=True)
         save(args.dir / "test_pseudo_labels.npy", np.asarray(arrays["test"]))
         save(args.dir / "pseudo_confidence.npy", np.asarray(arrays["confidence"]))

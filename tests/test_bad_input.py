@@ -126,7 +126,6 @@ def test_arrays(folder, stops, command, name, how):
 @pytest.mark.parametrize(
     ("command", "name", "how", "pattern"),
     [
-        (SCAN, "data.json", "cut", r"data\.json"),
         (f"{SCAN} --labels scan", "scan.pt", "cut", r"scan\.pt .*delete"),
         (ENCODER, "diffusion/unet/config.json", "empty", "run/diffusion .*run train_scan"),
         (OUTLIERS, "diffusion/unet/config.json", "missing", "run/diffusion .*run train_scan"),

@@ -280,8 +280,7 @@ def train_diffusion(images, labels, classes, args):
     for _, index in training_steps("diffusion", len(images), size, args.steps, state, args):
         x = to_float(images[index].to(args.device))[:, :channels]
         u = torch.rand(2, len(x), device=x.device)
-        mirrored = (u[0] < 0.5 * args.flip).view(-1, 1, 1, 1)
-        x = torch.where(mirrored, x.flip(3), x)
+        x = torch.where((u[0] < 0.5 * args.flip).view(-1, 1, 1, 1), x.flip(3), x)
         y = torch.where(u[1] < args.p_drop, classes, labels[index])
         t = torch.randint(1000, (len(x),), device=x.device)
         eps = torch.randn_like(x)
@@ -759,8 +758,8 @@ def store_split(split, path, args):
     name = args.data.partition(":")[0]
     dataset, labels, names = read_dataset(args.data, split, args)
     rows = np.arange(len(dataset))
-    parts = (Path(name, "train").exists(), Path(name, "train.npy").exists(), name in PARTED)
-    if not any(parts):
+    divided = Path(name, "train").exists() or Path(name, "train.npy").exists()
+    if not divided and name not in PARTED:
         rows = every_fifth(rows, labels, split == "test")
     decode(Subset(dataset, rows), path, args.image_size)
     beside = args.dir / f"{split}.labels.npy"

@@ -443,6 +443,8 @@ def class_slots(pipe, Gamma, args):
     table = pipe.text_encoder.get_input_embeddings().weight.detach().cpu()
     words = read_class_words(args.dir / "class_words.txt")
     prompts = [args.prompt.replace("{class}", phrase) for _, phrase in words]
+    if Gamma.shape != (len(words), table.shape[1]):
+        sys.exit("anchors.npy is not of class_words.txt and --diffusion; run train_text_encoder.py")
     ids = tokenize(pipe, prompts).cpu()
     slots = torch.zeros_like(ids, dtype=torch.bool)
     for c, (word, _) in enumerate(words):
@@ -534,6 +536,7 @@ def run_job(name, shape, make, args):
     barrier()
     if args.rank == 0:
         write_images(job / "images", shape, map(np.load, paths))
+        complete.unlink(missing_ok=True)
         os.replace(job / "images", finished)
         save(complete, options)
         shutil.rmtree(job)

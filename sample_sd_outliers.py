@@ -146,7 +146,8 @@ def main():
     start(args)
     if args.diffusion:
         sample, schedule, classes = text_sampler(args)
-        args.inputs = []
+        words = (args.dir / "class_words.txt").read_bytes()
+        args.inputs = [zlib.crc32(words)]
     else:
         sample, schedule, classes = class_sampler(args)
         weights = args.dir / "diffusion" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -429,6 +430,7 @@ def run_job(name, shape, make, args):
     barrier()
     if args.rank == 0:
         write_images(job / "images", shape, map(np.load, paths))
+        complete.unlink(missing_ok=True)
         os.replace(job / "images", finished)
         save(complete, options)
         shutil.rmtree(job)

@@ -5,6 +5,7 @@ import ast
 import builtins
 import io
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ TOKENS = {"train_scan_diffusion": 8000, "train_classifier": 6000, "evaluate": 65
 OWN = {"main", "parse_args", "RECIPES"}  # of each script
 PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}  # imported by another name
 PLUMBING = "# ---- plumbing: not the paper's method; same name, same text in every script ----"
+ORDER = ["Expr", "Import", "Assign", "Def", "parse_args", "main", "plumbing", "If"]
 BELOW = "simclr_view strong_view knn training_steps distribute run_job VisionTransformer load_vit"
 
 
@@ -61,35 +63,22 @@ def copies(sources):
     first = {}
     drifted = []
     copied = 0
-    for source in sources.values():
-        tokens = code_tokens(source)
+    for source in sources:
         for name, node in definitions(source).items():
-            decorators = [ast.unparse(part) for part in getattr(node, "decorator_list", [])]
-            text = [*decorators, *source.splitlines()[node.lineno - 1 : node.end_lineno]]
-            if name not in OWN and first.setdefault(name, text) is not text:
-                copied += sum(node.lineno <= line <= node.end_lineno for line in tokens)
-                drifted += [name] * (text != first[name])
+            decorators = [part.lineno for part in getattr(node, "decorator_list", [])]
+            lines = source.splitlines()[min([node.lineno, *decorators]) - 1 : node.end_lineno]
+            if name not in OWN and first.setdefault(name, lines) is not lines:
+                copied += len(code_tokens("\n".join(lines)))
+                drifted += [name] * (lines != first[name])
     return drifted, copied
 
 
 def test_same_name_same_text_and_size_of_all():
     assert len(SCRIPTS) == 6
-    drifted, copied = copies(SOURCES)
+    drifted, copied = copies(SOURCES.values())
     assert drifted == []
     assert copied <= 9_000
     assert sum(len(code_tokens(source)) for source in SOURCES.values()) <= 33_000
-
-
-def test_an_edited_copy_is_found():
-    for one, two, names, tokens in (
-        ("def f():\n    return 1\n", 'X = 0\n\n\ndef f():\n    "Doc."\n    return 1\n', ["f"], 7),
-        ("def f():\n    return 1\n", "def f():\n    return 1  # one\n", ["f"], 7),
-        ("class A:\n    pass\n", "@torch.no_grad\nclass A:\n    pass\n", ["A"], 4),
-        ("LIMIT = 1\n", "LIMIT: int = 1\n", ["LIMIT"], 5),
-        ("def f():\n    return Y\n", "X = 0\n\n\ndef f():\n    return Y\n", [], 7),
-        ("RECIPES = 1\n\n\ndef main():\n    1\n", "RECIPES = 2\n\n\ndef main():\n    2\n", [], 0),
-    ):
-        assert copies({"a": one, "b": two, "c": "Y = 3\n"}) == (names, tokens)
 
 
 def packed(source):
@@ -101,9 +90,6 @@ def packed(source):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
             number += isinstance(node.targets[0], ast.Tuple)
     return number
-
-
-ORDER = ["Expr", "Import", "Assign", "Def", "parse_args", "main", "plumbing", "If"]
 
 
 def order(source):
@@ -118,34 +104,6 @@ def order(source):
             kind = node.name
         kinds.append(kind)
     return [kind for kind, _ in itertools.groupby(kinds)]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_order_size_and_density(script):
-    source = SOURCES[script]
-    assert order(source) == ORDER
-    assert source.splitlines().count(PLUMBING) == 1
-    assert source.endswith('\n\n\nif __name__ == "__main__":\n    main()\n')
-    tokens = code_tokens(source)
-    code_lines = len(set(tokens))
-    assert len(tokens) <= min(TOKENS.get(script, 5000), 12 * code_lines)
-    assert packed(source) <= 0.09 * code_lines
-    assert max(len(line) for line in source.splitlines()) <= 100
-    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
-    assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 45
-
-
-def test_counting():
-    for source, tokens, constructs in (
-        ('"""Doc.\n\nMore."""\n\n\ndef f(x):\n    "Doc."\n    return x\n', [6] * 6 + [8] * 2, 0),
-        ("x = f'{a + b} {f(c)!r}' f''\ny = 'd'  # a comment\n", [1] * 4 + [2] * 3, 0),
-        ("x = f'''{a}\n{b}'''\ny = -1.5\n", [1] * 3 + [3] * 4, 0),
-        ("a, b = 1, 2\nc, d = f()\n", [1] * 7 + [2] * 7, 1),
-        ("if (x := f()):\n    y = 1 if x else 2\n", [1] * 9 + [2] * 7, 2),
-        ("x = [i for i in {j for j in y}]\nz = sum(i for i in x)\n", [1] * 15 + [2] * 10, 3),
-    ):
-        assert code_tokens(source) == tokens
-        assert packed(source) == constructs
 
 
 def unwanted(source, requirements):
@@ -165,29 +123,19 @@ def unwanted(source, requirements):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_imports_are_required_packages_and_files_run_no_code(script):
-    assert unwanted(SOURCES[script], (ROOT / "requirements.txt").read_text()) == []
-
-
-def test_an_unwanted_import_is_found():
-    for source, found in (
-        ("import json, numpy.linalg\nfrom PIL import Image\nfrom sklearn.svm import SVC", []),
-        ("import numpy, pandas\n\n\ndef f():\n    from scipy.stats import x", ["pandas", "scipy"]),
-        ("from sample_outliers import pick\nfrom . import a", ["sample_outliers", ""]),
-        ("import importlib.util\nimport pickle\nexec('a')", ["importlib", "pickle", "exec("]),
-        ("np.load(path, allow_pickle=True)\nnet.eval().to(device)", ["allow_pickle"]),
-        ("torch.load(p)\ntorch.load(p, weights_only=True)", ["torch.load(p)"]),
-    ):
-        assert unwanted(source, "# all\nnumpy>=1.26\nscikit_learn  # svm\nPillow\n") == found
-
-
-def test_another_order_is_found():
-    parts = ['"""A."""', "import a", "RECIPES = {}", "def f(): 1", "def parse_args(): 2"]
-    parts += ["def main(): 3", PLUMBING, "K = 4\ndef g(): 5", "if 6: 7"]
-    assert order("\n".join(parts)) == ORDER
-    for i in range(len(parts) - 1):
-        swapped = [*parts[:i], parts[i + 1], parts[i], *parts[i + 2 :]]
-        assert order("\n".join(swapped)) != ORDER, parts[i]
+def test_order_size_density_and_imports(script):
+    source = SOURCES[script]
+    assert order(source) == ORDER
+    assert source.splitlines().count(PLUMBING) == 1
+    assert source.endswith('\n\n\nif __name__ == "__main__":\n    main()\n')
+    tokens = code_tokens(source)
+    code_lines = len(set(tokens))
+    assert len(tokens) <= min(TOKENS.get(script, 5000), 12 * code_lines)
+    assert packed(source) <= 0.09 * code_lines
+    assert max(len(line) for line in source.splitlines()) <= 100
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
+    assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 45
+    assert unwanted(source, (ROOT / "requirements.txt").read_text()) == []
 
 
 @pytest.fixture(scope="module")
@@ -209,17 +157,11 @@ def options(load):
     return found
 
 
-def code_map(text):
-    """Rows of the table under "## Paper → code map", without its head, as lists of cells."""
-    section = re.search(r"^## Paper → code map[ \t]*$(.*?)(?=^## |\Z)", text, re.M | re.S)
-    lines = re.findall(r"^\|(.*)\|[ \t]*$", section[1], re.M)
-    return [re.split(r"(?<!\\)\|", line) for line in lines[2:]]
-
-
-def wrong_in_map(text, options):
-    """What the map names and its script has not, or has as plumbing that is not in BELOW."""
+def wrong_in_map(table, options):
+    """What its rows name and their script has not, or has as plumbing that is not in BELOW."""
     wrong = []
-    for _, _, script, functions, flags in code_map(text):
+    for row in re.findall(r"^\|(.*)\|[ \t]*$", table, re.M)[2:]:
+        _, _, script, functions, flags = re.split(r"(?<!\\)\|", row)
         script = script.strip(" `").removesuffix(".py")
         if script not in SOURCES or not functions.strip():
             wrong.append(script)
@@ -233,42 +175,22 @@ def wrong_in_map(text, options):
     return wrong
 
 
-def test_a_wrong_row_of_the_map_is_found(options):
-    for row, wrong in (
-        ("| A | \\|x\\| | `train_classifier.py` | `dream_loss`, `energy` | `--beta` |", []),
-        ("| A | energy | `train_classifier.py` | `dream_losses` | `--beta` |", ["dream_losses"]),
-        ("| A | energy | `train_classifier.py` | `energy` | `--betas 1` |", ["--betas"]),
-        ("| A | energy | `classifier.py` | `energy` | |", ["classifier"]),
-        ("| A | energy | `evaluate.py` | | |", ["evaluate"]),
-        ("| A | images | `evaluate.py` | `save`, `knn` | |", ["save"]),
-    ):
-        head = "# T\n\n## Paper → code map\n\n| p | step | s | f | flags |\n|---|---|---|---|---|\n"
-        text = f"{head}{row}\n\n## Next\n\n| a | b | c | d | e |\n|---|---|---|---|---|\n| 1 |\n"
-        assert wrong_in_map(text, options) == wrong
-
-
 def unknown_in(text, options):
     """Functions called f(...) in backticks, and flags in commands, that no script has."""
-    names = {name for source in SOURCES.values() for name in definitions(source)}
+    names = {name for source in SOURCES.values() for name in definitions(source)} | {*dir(builtins)}
     spans = " ".join(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text))
-    calls = re.findall(r"(?<![\w.])(\w+)\(", spans)
-    wrong = [name for name in calls if name not in names and not hasattr(builtins, name)]
+    wrong = [name for name in re.findall(r"(?<![\w.])(\w+)\(", spans) if name not in names]
     for script, rest in re.findall(r"(\w+)\.py\b([^`\n|;&#]*)", text.replace("\\\n", " ")):
         given = re.findall(r"(?<!\S)--[\w-]+", rest)
         wrong += [flag for flag in given if flag not in options.get(script, given)]
     return wrong
 
 
-def test_an_unknown_name_in_a_text_is_found(options):
-    text = "`pick(d_K)`, `peck()`, `np.load(x)`, `len(x)`; `train_classifier.py --lam 1 --lamb 2`"
-    text += "\n```sh\npython evaluate.py --k 1 \\\n  --kk 2 | tee --append log\n```\n"
-    assert unknown_in(text, options) == ["peck", "--lamb", "--kk"]
-
-
 def test_readme(options):
     assert len(README) <= 16_000
-    assert {row[2].strip(" `") for row in code_map(README)} == {f"{name}.py" for name in SCRIPTS}
-    assert wrong_in_map(README, options) == []
+    table = README.partition("\n## Paper → code map\n")[2].partition("\n## ")[0]
+    assert {*re.findall(r"\| `(\w+)\.py` \|", table)} == {*SCRIPTS}
+    assert wrong_in_map(table, options) == []
     assert unknown_in(README, options) == []
     (tests,) = set(re.findall(r"python -m pytest.*", README))
     assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
@@ -282,16 +204,26 @@ def unread(source, names):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_option_is_read_and_explained(load, options, script):
+def test_every_option_is_read_and_explained(load, main, options, monkeypatch, capsys, script):
     names = {action.dest for action in options[script].values()} - {"help"}
     assert {"dir", "device", "seed", "recipe", "batch_size", *load(script).RECIPES} <= names
     assert unread(SOURCES[script], names - {"recipe"}) == []  # that one picks the column
     assert [flag for flag, a in options[script].items() if not a.help] in ([], ["--help"])
+    rows = {}
     for name, (value, _, *choices) in load(script).RECIPES.items():
-        values = value if isinstance(value, tuple) else (value,) * len(load(script).COLUMNS)
-        assert len(values) == len(load(script).COLUMNS), name
-        assert {type(value) for value in values} in ({int}, {float}, {str}), name
-        assert not choices or set(values) <= set(choices), name
+        row = value if isinstance(value, tuple) else (value,) * len(load(script).COLUMNS)
+        assert len(row) == len(load(script).COLUMNS), name
+        assert {type(value) for value in row} in ({int}, {float}, {str}), name
+        assert not choices or set(row) <= set(choices), name
+        rows[name.replace("_", "-")] = row
+    monkeypatch.setenv("COLUMNS", "999")
+    for column, recipe in enumerate(load(script).COLUMNS):
+        with pytest.raises(SystemExit) as end:
+            main(script, "--dir", "none", "--recipe", recipe, "--help")
+        assert not end.value.code
+        text = re.sub(r"\n {9,}", "  ", capsys.readouterr().out)
+        shown = dict(re.findall(r"^  --(\S+) .*\(default: (.*)\)$", text, re.M))
+        assert shown == {name: str(row[column]) for name, row in rows.items()}
 
 
 def test_only_evaluate_opens_ood_data(options):
@@ -302,66 +234,77 @@ def test_only_evaluate_opens_ood_data(options):
         assert bool(re.search(r"\bdatasets\b", source)) == (script in read)
 
 
-def test_an_option_nobody_reads_is_found():
-    parser = "def parse_args():\n    return args.dead\n"
-    method = "def f(args, other):\n    args.kept = other.lost\n    return args.w + args.lr\n"
-    names = ["w", "sd_lr", "sd_dead", "dead", "kept", "lost"]
-    assert unread(parser + method, names) == names[2:]
+REQUIRED = "# all\nnumpy>=1.26\nscikit_learn  # svm\nPillow\n"
+IMPORTS = """import json, numpy.linalg, pandas, importlib.util\nfrom PIL import Image
+from sample_outliers import pick\nfrom . import a\nfrom sklearn.svm import SVC
+def f():\n    from scipy.stats import x"""
+OPENED = """import pickle\nnp.load(path, allow_pickle=True)\nexec('net.eval()')
+torch.load(p)\nnumpy.load(p)\ntorch.load(p, weights_only=True)"""
+ORDERED = f"'A'\nimport a\nR = 1\ndef f(): 1\ndef parse_args(): 1\ndef main(): 1\n{PLUMBING}\n"
+FLAGS = {"train_classifier": {"--beta"}, "evaluate": {"--k"}}
+MAP = """| paper | step | script | functions | flags |\n|---|---|---|---|---|
+| A | \\|x\\| | `train_classifier.py` | `dream_loss`, `energy` | `--beta` |
+| A | energy | `train_classifier.py` | `dream_losses`, `energy` | `--betas 1` |
+| A | energy | `classifier.py` | `energy` | |\n| A | energy | `evaluate.py` | | |
+| A | images | `evaluate.py` | `save`, `knn` | |"""
+TEXT = """`pick(d_K)`, `peck()`, `np.load(x)`, `len(x)`; `train_classifier.py --beta 1 --lamb 2`
+```sh\npython evaluate.py --k 1 \\\n  --kk 2 | tee --append log\n```"""
+READ = "def parse_args():\n    return args.a\n\n\nargs.b = x.c\nargs.w + args.lr"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_shows_the_recipe(load, main, options, monkeypatch, capsys, tmp_path, script):
-    monkeypatch.setenv("COLUMNS", "999")
-    for column, recipe in enumerate(load(script).COLUMNS):
-        with pytest.raises(SystemExit) as end:
-            main(script, "--dir", tmp_path, "--recipe", recipe, "--help")
-        assert not end.value.code
-        text = re.sub(r"\n {9,}", "  ", capsys.readouterr().out)
-        assert {*re.findall(r"^  (--\S+)", text.partition("options:")[2], re.M)} == {
-            *options[script]
-        }
-        shown = dict(re.findall(r"^  --(\S+) .*\(default: (.*)\)$", text, re.M))
-        for name, (value, *_) in load(script).RECIPES.items():
-            expected = value[column] if isinstance(value, tuple) else value
-            assert shown.pop(name.replace("_", "-")) == str(expected), name
-        assert shown == {}
+@pytest.mark.parametrize(
+    ("check", "given", "found"),
+    [
+        (copies, [["def f():\n    1", 'X = 0\ndef f():\n    "Doc."\n    1']], (["f"], 5)),
+        (copies, [["class A:\n    1", "@no\nclass A:\n    1  # one"]], (["A"], 5)),
+        (copies, [["X = 1\ndef main(): 1", "X: int = 1\ndef main(): 2"]], (["X"], 5)),
+        (copies, [["def f():\n    Y", "X = 0\ndef f():\n    Y"]], ([], 6)),
+        (code_tokens, ["'''Doc.\n'''\ndef f(x):\n    'Doc.'\n    -1.5  # a"], [3] * 6 + [5] * 2),
+        (code_tokens, ["x = f'''{a}\n{f(c)!r}''' f''\ny = 'd'\n"], [1, 1, 1, 2, 3, 3, 3]),
+        (packed, ["a, b = 1, 2\nc, d = f()\nif (x := f()):\n    y = 1 if x else 2"], 3),
+        (packed, ["x = [i for i in {j for j in y}]\nz = sum(i for i in {i: 1 for i in x})"], 4),
+        (order, [f"{ORDERED}K = 1\nclass G: 1\nif 1: 1"], ORDER),
+        (order, [f"import a\n{ORDERED}if 1: 1\nK = 1"], ["Import", *ORDER[:6], "If", "plumbing"]),
+        (unwanted, [IMPORTS, REQUIRED], ["pandas", "importlib", "sample_outliers", "", "scipy"]),
+        (unwanted, [OPENED, REQUIRED], ["pickle", "allow_pickle", "exec(", "torch.load(p)"]),
+        (wrong_in_map, [MAP, FLAGS], ["dream_losses", "--betas", "classifier", "evaluate", "save"]),
+        (unknown_in, [TEXT, FLAGS], ["peck", "--lamb", "--kk"]),
+        (unread, [READ, ["w", "sd_lr", "sd_d", "a", "b", "c"]], ["sd_d", "a", "b", "c"]),
+    ],
+)
+def test_what_is_wrong_is_found(check, given, found):
+    assert check(*given) == found
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_importing_does_nothing(load, monkeypatch, tmp_path, capfd, script):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pytest", "--no-such-option", "--help"])
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), list(sys.path)
+    torch_state = torch.get_rng_state()
+    before = [*np.random.get_state()[1], *sys.path]
     load.__wrapped__(script)  # not the module that other tests share
+    assert [*np.random.get_state()[1], *sys.path] == before
+    assert torch.equal(torch.get_rng_state(), torch_state)
     assert capfd.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert (np.random.get_state()[1] == states[1]).all()
-    assert sys.path == states[2]
 
 
 RUNS = """train_scan_diffusion train.npy test.npy
 --clusters 2 --pretext-epochs 2 --scan-epochs 4 --selflabel-epochs 1 --channels 32,32 --steps 2
-data.json pseudo_labels.npy test_pseudo_labels.npy pseudo_confidence.npy scan.pt diffusion
 train_text_encoder train.npy test.npy pseudo_labels.npy test_pseudo_labels.npy diffusion
 --epochs 1
-anchors.npy id_embeddings.npy id_labels.npy text_encoder.pt
 sample_outliers anchors.npy id_embeddings.npy id_labels.npy train.npy diffusion
 --K 4 --boundary 4 --draw 2 --candidates 8 --per-class 6 --steps 2
-outliers.npy outliers.csv outliers.json outliers.png outlier_labels.npy outlier_embeddings.npy
 sample_sd_outliers train.npy pseudo_labels.npy diffusion
 --steps 2
-sd_outliers.npy sd_outliers.csv sd_outliers.json sd_outliers.png
 train_classifier train.npy train.labels.npy outliers.npy
 --method ce dream --epochs 1 --dream-epochs 1
-classifier_ce.pt classifier_dream.pt
 evaluate id.npy ood.npy
---scores mine/id.npy mine/ood.npy --bootstrap 9
-results.json results.md roc.png scores.png""".splitlines()  # files brought, options, files made
+--scores mine/id.npy mine/ood.npy --bootstrap 9""".splitlines()  # files brought, options
 
 
-def bring_by_hand(folder):
-    """Every file that RUNS bring: 40 dark and bright grey images of 8 px, a diffusion model."""
+def test_each_script_runs_alone_with_files_made_by_hand(tmp_path):
+    """40 dark and bright grey images of 8 px, what belongs to them, a diffusion model."""
     rng = np.random.default_rng(0)
     labels = np.arange(40, dtype=np.int64) % 2
     images = (190 * labels[:, None, None, None] + rng.integers(0, 60, (40, 8, 8, 1))).repeat(3, 3)
@@ -370,41 +313,28 @@ def bring_by_hand(folder):
     arrays |= dict.fromkeys(names, labels)
     sizes = {"layers_per_block": 1, "block_out_channels": [32] * 4, "num_class_embeds": 3}
     unet = UNet2DModel(8, 1, 1, **sizes)
-    unet.save_pretrained(folder / "diffusion" / "unet")
-    DDPMScheduler().save_pretrained(folder / "diffusion" / "scheduler")
+    unet.save_pretrained(tmp_path / "made" / "diffusion" / "unet")
+    DDPMScheduler().save_pretrained(tmp_path / "made" / "diffusion" / "scheduler")
     anchors = unet.class_embedding.weight[:-1].detach().numpy()
     embeddings = anchors[labels] + rng.normal(0, 0.1, (40, anchors.shape[1]))
     arrays |= {"anchors": anchors, "id_embeddings": embeddings.astype(np.float32)}
     arrays |= {"id": rng.normal(0, 1, 30), "ood": rng.normal(1, 1, 20)}
     for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """[(folder, process)] of RUNS, each script copied alone into a folder with its files."""
-    made = tmp_path_factory.mktemp("made")
-    bring_by_hand(made)
+        np.save(tmp_path / "made" / f"{name}.npy", array)
 
     def start(inputs, options):
         script, *files = inputs.split()
-        folder = tmp_path_factory.mktemp(script)
+        folder = tmp_path / script
+        others = {*os.listdir(tmp_path / "made")} - {*files}
+        ignore = shutil.ignore_patterns(*others)
+        shutil.copytree(tmp_path / "made", folder / "mine", ignore=ignore)
         shutil.copy(ROOT / f"{script}.py", folder)
-        others = {path.name for path in made.iterdir()} - {*files}
-        shutil.copytree(made, folder / "mine", ignore=shutil.ignore_patterns(*others))
         command = [sys.executable, "-I", f"{script}.py", "--dir", "mine", *options.split()]
         process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-        return folder, process
+        assert process.returncode == 0, process.stderr
+        made = {*os.listdir(folder / "mine")} - {*files}
+        assert made and not [name for name in made if name.startswith(".")]  # all finished
+        assert {*os.listdir(folder)} == {f"{script}.py", "mine"}
 
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(start, RUNS[::3], RUNS[1::3]))
-
-
-@pytest.mark.parametrize("i", range(6), ids=[inputs.split()[0] for inputs in RUNS[::3]])
-def test_a_script_alone_runs(alone, i):
-    folder, process = alone[i]
-    assert process.returncode == 0, process.stderr
-    names = {path.name for path in (folder / "mine").iterdir()}
-    assert set(RUNS[3 * i + 2].split()) <= names
-    assert not [name for name in names if name.startswith(".")]  # nothing unfinished
-    assert {path.name for path in folder.iterdir()} == {RUNS[3 * i].split()[0] + ".py", "mine"}
+        assert len(list(pool.map(start, RUNS[::2], RUNS[1::2]))) == len(SCRIPTS)

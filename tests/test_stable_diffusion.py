@@ -62,7 +62,6 @@ def test_anchors_are_rows_of_the_token_table(load, pipe, tokens, capsys):
     assert torch.allclose(anchors[1], torch.stack([rows[0], mean, rows[2]]))
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == f"1 porcupine: porcupine por cup ine</w> [{numbers[1]}]".split()
-    assert lines[3].endswith(f"two one  one</w>  [{numbers[2]}]")
     assert lines[6].endswith(f"[{numbers[1]}, {numbers[3]}, {numbers[4]}]")
     for word, how in (("porcupine", "error"), ("日本", "first")):
         one_line(f"'{word}'", load(ENCODER).token_anchors, *models, [("zero", ""), (word, "")], how)
@@ -73,13 +72,9 @@ def test_released_and_given_words(load, options):
     items = [item.split(":")[0].strip() for item in script.CLASS_WORDS.split(";")]
     wnids = [name for name in items if re.fullmatch(r"n\d{8}", name)]
     assert len(wnids) == 100 and wnids == sorted(set(wnids)) and len(items) == len(set(items))
-    words = {
-        "aquarium_fish": ("fish", "aquarium fish"),
-        "chimpanzee": ("chimp", "chimp"),
-        "n03804744": ("nail", "wire nail"),
-        "night_owl": ("night owl", "night owl"),
-    }
-    assert script.default_words(words) == list(words.values())
+    names = ["aquarium_fish", "chimpanzee", "n03804744", "night_owl"]
+    words = [("fish", "aquarium fish"), ("chimp", "chimp"), ("nail", "wire nail")]
+    assert script.default_words(names) == [*words, ("night owl", "night owl")]
     path = options("cat", "fish: aquarium fish").dir / "class_words.txt"
     assert script.read_class_words(path) == [("cat", "cat"), ("fish", "aquarium fish")]
     one_line("x.txt is missing", script.read_class_words, path.with_name("x.txt"))
@@ -96,9 +91,8 @@ def test_a_text_model_without_its_weights(load, tiny_sd, tmp_path):
 def test_slots(load, pipe, tokens, options, policy, count):
     """Every place of the anchored token in the prompt; of a mean, of each of its tokens."""
     args = options("porcupine", "one: one with one", prompt="{class} or two")
-    models = pipe.tokenizer, pipe.text_encoder
     words = [("porcupine", ""), ("one", "")]
-    Gamma = load(ENCODER).token_anchors(*models, words, policy)
+    Gamma = load(ENCODER).token_anchors(pipe.tokenizer, pipe.text_encoder, words, policy)
     ids, slots = load(A).class_slots(pipe, Gamma, args)
     pieces = [tokens[token][0] for token in ("por", "cup", "ine</w>")]
     assert ids[0][slots[0]].tolist() == pieces[:count]
@@ -113,8 +107,8 @@ def stock_image(tiny_sd, name, phrase, seed, token, v):
     pipe.scheduler = SOLVERS[name].from_config(pipe.scheduler.config)
     pipe.text_encoder.get_input_embeddings().weight.data[token] = v
     given = {"num_inference_steps": 5, "guidance_scale": 7.5, "output_type": "pt"}
-    prompt = f"A high-quality image of the {phrase}"
-    return pipe(prompt, **given, generator=torch.Generator().manual_seed(seed)).images * 2 - 1
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(PROMPT.replace("{class}", phrase), **given, generator=generator).images * 2 - 1
 
 
 SOLVERS = {"pndm": diffusers.PNDMScheduler, "ddim": diffusers.DDIMScheduler}
@@ -123,7 +117,6 @@ SOLVERS["dpmpp"] = diffusers.DPMSolverMultistepScheduler
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_injecting_is_editing_the_table(load, tiny_sd, tokens, options, name):
-    phrases = ["zero", "one or one"]
     anchored = [tokens["zero</w>"], tokens["one</w>"]]
     Gamma = torch.stack([vector for _, vector in anchored])
     args = options("zero", "one: one or one", scheduler=name)
@@ -133,8 +126,8 @@ def test_injecting_is_editing_the_table(load, tiny_sd, tokens, options, name):
     v = Gamma[classes]  # two of the tokens' own rows, and another embedding
     v[2] += 0.1 * torch.randn(32, generator=torch.Generator().manual_seed(0))
     images = decode(v, classes, seeds)
-    for i, c in enumerate(classes.tolist()):
-        stock = stock_image(tiny_sd, name, phrases[c], seeds[i], anchored[c][0], v[i])
+    for i, phrase in enumerate(["zero", "one or one", "one or one"]):
+        stock = stock_image(tiny_sd, name, phrase, seeds[i], anchored[classes[i]][0], v[i])
         assert (images[i] - stock).abs().max() < 1e-4
     v[1] = v[2]
     change = (decode(v, classes, seeds) - images).abs().amax((1, 2, 3))
@@ -149,10 +142,6 @@ def stored(x):
     return levels[np.abs(grey[..., None] - levels).argmin(2)]
 
 
-def read_table(path):
-    return np.genfromtxt(path, delimiter=",", names=True)
-
-
 def test_files_of_the_run(sd_run, tokens):
     Gamma = np.load(sd_run / "anchors.npy")
     assert np.array_equal(Gamma, [tokens[token][1] for token in ("zero</w>", "one</w>", "por")])
@@ -162,11 +151,10 @@ def test_files_of_the_run(sd_run, tokens):
     assert np.array_equal(np.load(sd_run / "id_labels.npy"), labels)
     assert not (sd_run / "pseudo_labels.npy").exists() and not list(sd_run.glob("*partial*"))
     outliers = np.load(sd_run / "outliers.npy")
-    assert outliers.shape == (36, 8, 8, 3) and outliers.dtype == np.uint8
-    assert len(np.unique(outliers, axis=0)) == 36
+    assert outliers.shape == (36, 8, 8, 3) and len(np.unique(outliers, axis=0)) == 36
     norms = np.linalg.norm(np.load(sd_run / "outlier_embeddings.npy"), axis=1)
     assert np.allclose(norms, np.linalg.norm(Gamma, axis=1).repeat(12), rtol=1e-5)
-    table = read_table(sd_run / "outliers.csv")
+    table = np.genfromtxt(sd_run / "outliers.csv", delimiter=",", names=True)
     classes = np.load(sd_run / "outlier_labels.npy")
     assert classes.tolist() == [i // 12 for i in range(36)] == table["class"].tolist()
     assert np.array_equal(classes, labels[table["source"].astype(int)])
@@ -177,7 +165,7 @@ def test_files_of_the_run(sd_run, tokens):
 def test_an_outlier_can_be_made_again_from_its_embedding_and_seed(load, sd_run, options):
     args = options(dir=sd_run, steps=4)
     decode = load(A).text_decoder(np.load(sd_run / "anchors.npy"), args)
-    table = read_table(sd_run / "outliers.csv")
+    table = np.genfromtxt(sd_run / "outliers.csv", delimiter=",", names=True)
     for i in (0, 17, 35):
         v = torch.from_numpy(np.load(sd_run / "outlier_embeddings.npy")[[i]])
         image = decode(v, torch.tensor([i // 12]), [int(table["seed"][i])])
@@ -188,7 +176,7 @@ def test_paper_b_with_prompts_by_hand(sd_run, pipe):
     """Encode, noise to S, denoise under the wrong class's prompt, decode."""
     images = np.load(sd_run / "train.npy")
     made = np.load(sd_run / "sd_outliers.npy")
-    table = read_table(sd_run / "sd_outliers.csv")
+    table = np.genfromtxt(sd_run / "sd_outliers.csv", delimiter=",", names=True)
     assert made.shape == images.shape and (table["y"] != table["c_r"]).all()
     assert np.array_equal(table["y"], np.load(sd_run / "train.labels.npy"))
     phrases = ["zero", "one", "high-quality porcupine"]
@@ -196,15 +184,14 @@ def test_paper_b_with_prompts_by_hand(sd_run, pipe):
     abar = pipe.scheduler.alphas_cumprod[100]
     for i in (0, 200):
         prompts = [PROMPT.replace("{class}", phrases[int(table["c_r"][i])]), ""]
-        given = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
+        ids = pipe.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt")
         x = torch.from_numpy(images[[i]]).permute(0, 3, 1, 2) / 127.5 - 1
         x = torch.nn.functional.interpolate(x, (16, 16), mode="bicubic").clamp(-1, 1)
         generator = torch.Generator().manual_seed(int(table["seed"][i]))
         solver = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         solver.set_timesteps(timesteps=[100, 44, 11, 0])
         with torch.no_grad():
-            ids = pipe.tokenizer(prompts, **given).input_ids
-            c, null = pipe.text_encoder(ids).last_hidden_state.split(1)
+            c, null = pipe.text_encoder(ids.input_ids).last_hidden_state.split(1)
             z = pipe.vae.encode(x).latent_dist.mode() * scale
             x_t = abar.sqrt() * z + (1 - abar).sqrt() * torch.randn(z.shape, generator=generator)
             for t in solver.timesteps:

@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import itertools
-import math
 import os
 import re
 import shutil
@@ -20,50 +19,41 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-UNET = "--data digits:0-1 --channels 32,32 --batch-size 8 --steps".split()
-SCAN = (
-    "--pretext-epochs 3 --pretext-batch 96 --starts 2 --scan-epochs 3 --scan-batch 96 "
-    "--selflabel-epochs 3 --selflabel-batch 96 --confidence 0.5"
-).split()
-DETECTORS = (
-    "--method ce dream dream-id sd --init ce --batch-size 72 --epochs 6 --inlier-batch 36 "
-    "--dream-batch-size 72 --dream-epochs 3 --sd-batch-size 72 --sd-epochs 3 --lr 0.02"
-).split()
+PRETEXT = "--pretext-epochs 5 --pretext-batch 200 --starts 2 --scan-epochs 5 --scan-batch 200"
+SELFLABEL = "--selflabel-epochs 3 --selflabel-batch 200 --confidence 0.4"
+UNET = "--channels 32,32 --batch-size 8 --steps 6"
+QUICK = f"--data digits:0-1 --labels dataset {UNET}".split()
+CE = "--init ce --epochs 6 --batch-size 72 --lr 0.02 --inlier-batch 36"
+REST = "--dream-epochs 5 --dream-batch-size 72 --dream-lr 0.02 --sd-epochs 5 --sd-batch-size 72"
+SCAN, ENCODER, CLASSIFIER = "train_scan_diffusion", "train_text_encoder", "train_classifier"
 JOBS = {
-    "train_scan_diffusion": [*UNET, 5, *SCAN],
-    "train_text_encoder": ["--epochs", 2],
-    "train_classifier": DETECTORS,
+    SCAN: f"{PRETEXT} {SELFLABEL} {UNET}".split(),
+    ENCODER: ["--epochs", "2"],
+    CLASSIFIER: f"--method ce dream dream-id sd {CE} {REST}".split(),
 }
-STAGES = {
-    "train_scan_diffusion": ["simclr", "scan-1", "scan-2", "selflabel", "diffusion"],
-    "train_text_encoder": ["encoder"],
-    "train_classifier": [f"classifier_{name}" for name in ("ce", "dream", "dream-id", "sd")],
+METHODS = ("classifier_ce", "classifier_dream", "classifier_dream-id", "classifier_sd")
+STAGES = {  # and the learning rates they end with
+    SCAN: {"simclr": 2e-4, "scan-1": 1e-3, "scan-2": 1e-3, "selflabel": 1e-4, "diffusion": 0},
+    ENCODER: {"encoder": 1e-6},
+    CLASSIFIER: dict.fromkeys(METHODS, 0),
 }
 
 
-def weights(folder):
-    """Every tensor of the .pt and .safetensors files of a folder, by file and name."""
-    found = {}
-    for path in [*folder.glob("*.pt"), *folder.rglob("*.safetensors")]:
-        content = load_file(path) if path.suffix != ".pt" else torch.load(path, weights_only=True)
-        parts = [part for part in content.values() if isinstance(part, dict)]
-        for number, part in enumerate([content, *parts]):
-            found |= {(path.name, number, name): value for name, value in part.items()}
-    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+def copy_inputs(tiny_run, folder):
+    ignore = shutil.ignore_patterns("*.pt", "*.png", "scores", "*_test.*")
+    return shutil.copytree(tiny_run, folder, ignore=ignore)
 
 
-def assert_same_weights(folder, other):
-    expected = weights(other)
-    found = weights(folder)
-    assert set(found) == set(expected)
-    assert len(expected) > 20
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+def assert_same_weights(*folders):
+    files = [{path.name: load_file(path) for path in f.rglob("*.safetensors")} for f in folders]
+    for folder, held in zip(folders, files, strict=True):
+        for path in folder.glob("*.pt"):
+            held[path.name] = torch.load(path, weights_only=True)
+            held[path.name].pop("config")
+    torch.testing.assert_close(*files, rtol=0, atol=0)
 
 
-# The program below, `python test_training.py FOLDER`, imports the scripts once and forks.
-
-
-def fork(job, *args, log=os.devnull, **environment):
+def fork(log, job, *args, **environment):
     """job(*args) in a process of its own; returns its number."""
     child = os.fork()
     if child:
@@ -78,93 +68,82 @@ def fork(job, *args, log=os.devnull, **environment):
         os._exit(1)
 
 
-def fork_two(job, *args, log):
-    """The same on two processes, with what torchrun puts into their environment."""
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(os.getpid() + 9999)}
-    return [fork(job, *args, log=f"{log}.{r}", RANK=str(r), **group) for r in range(2)]
+def torchrun(world, log, *job):
+    """job on one or two processes, with what torchrun puts into their environment."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(os.getpid() + 9999)}
+    group["WORLD_SIZE"] = str(world)
+    for child in [fork(f"{log}-{rank}", *job, RANK=str(rank), **group) for rank in range(world)]:
+        if os.waitpid(child, 0)[1]:
+            sys.exit("a process failed")
 
 
-def wait(*children):
-    for child in children:
-        status = os.waitpid(child, 0)[1]
-        if status:
-            sys.exit(f"a process ended with {status}")
-
-
-def call(name, folder, options, watch=False):
-    """main() of a script; watched, each process keeps its nets, and names the files it writes."""
+def call(name, folder, options):
+    """main() of a script, which says how each stage ends; the second process cannot save."""
     module = sys.modules[name]
-    rank = os.environ.get("RANK")
-    save = module.save
     steps_of = module.training_steps
 
-    def named(path, content):
-        print(f"rank {rank} wrote {path.name}", file=sys.stderr)
-        save(path, content)
-
-    def kept(stage, count, size, steps, state, args):
+    def told(stage, count, size, steps, state, args):
         yield from steps_of(stage, count, size, steps, state, args)
-        net = state.get("net", state.get("unet"))
-        torch.save(dict(net.named_parameters()), f"{folder}-{stage}.{rank}")
+        net = next(iter(state.values()))
+        total = sum(value.double().abs().sum() for value in net.parameters())
+        rate = state["optimizer"].param_groups[0]["lr"]
+        print(f"{stage} of {args.rank} in {folder.name} ends at {total} {rate} .", file=sys.stderr)
 
-    if watch:
-        module.save = named
-        module.training_steps = kept
-    sys.argv = [name, "--dir", str(folder), *map(str, options)]
+    module.training_steps = told
+    if os.environ["RANK"] == "1":
+        module.save = None
+    sys.argv = [name, "--dir", str(folder), *options]
     module.main()
 
 
 def gradients(folder):
-    """Of the losses that need the rows of every process: weights and biases of a linear net."""
-    module = sys.modules["train_scan_diffusion"]
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    """Of the losses that need the rows of every process: weight and bias of a linear net."""
+    rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     args = argparse.Namespace(device="cpu", rank=rank, world=world)
-    if world > 1:
-        torch.distributed.init_process_group("gloo")
-    x = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0))[:, rank::world]
+    torch.distributed.init_process_group("gloo")
+    module = sys.modules[SCAN]
+    x = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0)).double()[:, rank::world]
     labels = module.gather(torch.arange(12)[rank::world] % 3, args)
-    losses = {
-        "nt_xent": lambda a, b: module.nt_xent(F.normalize(a), F.normalize(b), 0.1),
-        "scan_loss": lambda a, b: module.scan_loss(a, b, 5.0),
-        "selflabel_loss": lambda a, b: module.selflabel_loss(a[labels > 0], labels[labels > 0]),
-    }
     found = {}
-    for name, loss in losses.items():
+    for name in ("nt_xent", "scan_loss", "selflabel_loss"):
         torch.manual_seed(rank)  # DistributedDataParallel begins with the first one's weights
-        net = torch.nn.Linear(5, 3)
-        a, b = module.distribute(net, args)(x.flatten(0, 1)).chunk(2)
-        (loss(module.gather(a, args), module.gather(b, args)) * world).backward()
+        net = torch.nn.Linear(5, 3).double()
+        forward = module.distribute(net, args)
+        a, b = (module.gather(z, args) for z in F.normalize(forward(x), dim=2))
+        last = {"nt_xent": [b, 0.1], "scan_loss": [b, 5.0], "selflabel_loss": [labels]}[name]
+        (getattr(module, name)(a, *last) * world).backward()
         found[name] = [net.weight.grad, net.bias.grad]
-    torch.save(found, folder / f"gradients-{world}.{rank}")
+    torch.save(found, folder / f"gradients-{world}-{rank}")
 
 
 def forks(folder):
-    """What the tests of processes look at: gradients, runs on one and two, a run that is killed."""
+    """The program of this file: imports the scripts once, then makes what the tests look at."""
     for name in JOBS:
-        sys.modules[name] = importlib.import_module(name)
-    scan, _, classifier = JOBS
-    wait(fork(gradients, folder), *fork_two(gradients, folder, log=folder / "log"))
-    alone = fork(call, classifier, folder / "one", DETECTORS, log=folder / "log.one")
-    wait(alone, *fork_two(call, classifier, folder / "two", DETECTORS, True, log=folder / "log"))
-    wait(*fork_two(call, scan, folder / "scan", JOBS[scan], True, log=folder / "scan.log"))
-    long = [*UNET, 60, "--labels", "dataset"]
-    wait(fork(call, scan, folder / "plain", long))
-    sys.modules[scan].CHECKPOINT_SECONDS = 0
-    child = fork(call, scan, folder / "killed", long)
+        importlib.import_module(name)
+    log = folder / "log"
+    torchrun(1, log, gradients, folder)
+    torchrun(2, log, gradients, folder)
+    torchrun(1, folder / "one", call, CLASSIFIER, folder / "1", JOBS[CLASSIFIER])
+    for name in JOBS:
+        torchrun(2, folder / name, call, name, folder / "2", JOBS[name])
+    job = [call, SCAN, folder / "plain", [*QUICK, "--steps", "40"]]
+    torchrun(1, log, *job)
+    sys.modules[SCAN].CHECKPOINT_SECONDS = 0
+    job[2] = folder / "killed"
+    child = fork(log, *job, RANK="0")
     while not (folder / "killed" / ".checkpoint.diffusion.pt").exists():
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    wait(fork(call, scan, folder / "killed", long, log=folder / "log.killed"))
+    torchrun(1, folder / "killed", *job)
 
 
 @pytest.fixture(scope="module")
 def forked(tiny_run, tmp_path_factory):
     """Folder of forks(), and what the processes wrote to standard error."""
     folder = tmp_path_factory.mktemp("forks")
-    for name in ("one", "two"):
-        shutil.copytree(tiny_run, folder / name, ignore=shutil.ignore_patterns("*.pt"))
+    copy_inputs(tiny_run, folder / "1")
+    copy_inputs(tiny_run, folder / "2")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -174,48 +153,142 @@ def forked(tiny_run, tmp_path_factory):
 
 @pytest.mark.parametrize("loss", ["nt_xent", "scan_loss", "selflabel_loss"])
 def test_gather_gives_two_processes_the_gradient_of_one(forked, loss):
-    alone = torch.load(forked[0] / "gradients-1.0")[loss]
-    assert all(gradient.abs().max() > 1e-3 for gradient in alone[:1])
-    for rank in range(2):
-        shared = torch.load(forked[0] / f"gradients-2.{rank}")[loss]
-        torch.testing.assert_close(shared, alone, rtol=0, atol=1e-6)
+    names = ("gradients-1-0", "gradients-2-0", "gradients-2-1")
+    alone, *shared = (torch.load(forked[0] / name)[loss] for name in names)
+    assert alone[0].abs().max() > 0.01
+    for found in shared:
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("script", ["train_scan_diffusion", "train_classifier"])
-def test_two_processes_end_in_the_same_weights_and_write_once(forked, script):
+@pytest.mark.parametrize("script", JOBS)
+def test_two_processes_end_in_the_same_weights(forked, script):
     folder, said = forked
-    stem = "scan" if "scan" in script else "two"
-    for stage in STAGES[script]:
-        first, second = (torch.load(folder / f"{stem}-{stage}.{rank}") for rank in range(2))
-        assert all(torch.equal(value, second[name]) for name, value in first.items()), stage
-    for path in (folder / stem).glob("*.pt"):
-        assert re.findall(rf"rank (.) wrote {path.name}", said) == ["0"]
-    assert "rank 1" not in said
-    assert not [path for path in (folder / stem).rglob(".*")]
-    assert len(weights(folder / stem)) > 20
+    for stage, rate in STAGES[script].items():
+        ends = [re.findall(f"{stage} of {r} in 2 ends at (.*) (.*) \\.", said) for r in "01"]
+        assert ends[0] == ends[1], stage
+        assert float(ends[0][0][1]) == pytest.approx(rate, abs=1e-12), stage
+    assert not list((folder / "2").rglob(".*"))
 
 
-def losses(log, stage):
-    return [float(loss) for loss in re.findall(rf"{stage} step .*, loss (.*)", log.read_text())]
-
-
-@pytest.mark.parametrize("stage", STAGES["train_classifier"])
+@pytest.mark.parametrize("stage", METHODS)
 def test_the_loss_of_two_processes_falls_like_that_of_one(forked, stage):
-    alone = losses(forked[0] / "log.one", stage)
-    shared = losses(forked[0] / "log.0", stage)
-    assert len(shared) == len(alone) >= 15
-    for curve in (alone, shared):
-        assert np.mean(curve[-4:]) < 0.9 * np.mean(curve[:4])
-    assert np.mean(shared[-4:]) == pytest.approx(np.mean(alone[-4:]), rel=0.3)
+    logs = [(forked[0] / f"{name}-0").read_text() for name in ("one", CLASSIFIER)]
+    for log in logs:
+        losses = [float(loss) for loss in re.findall(f"{stage} step .*, loss (.*)", log)]
+        assert len(losses) >= 20
+        assert np.mean(losses[-4:]) < 0.75 * np.mean(losses[:4])
 
 
 def test_killed_and_started_again_it_ends_in_the_same_weights(forked):
-    folder, _ = forked
-    done = re.search(r"going on from step (\d+)", (folder / "log.killed").read_text())
-    assert 1 <= int(done[1]) < 60
-    for path in (folder / "killed").glob(".partial.*"):  # of the file that was being written
-        path.unlink()
-    assert_same_weights(folder / "killed", folder / "plain")
+    done = re.search(r"going on from step (\d+)", (forked[0] / "killed-0").read_text())
+    assert 1 <= int(done[1]) < 40
+    assert_same_weights(forked[0] / "killed", forked[0] / "plain")
+
+
+@pytest.fixture
+def stop(load, main, monkeypatch):
+    """stop(script, folder, stage, *options): main(), until the fourth step of the stage."""
+
+    def stop(script, folder, stage, *options):
+        module = load(script)
+        steps_of = module.training_steps
+
+        def stopped(name, *rest):
+            for step, rows in steps_of(name, *rest):
+                if (name, step) == (stage, 3):
+                    raise KeyboardInterrupt
+                yield step, rows
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, "training_steps", stopped)
+            patch.setattr(module, "CHECKPOINT_SECONDS", 0)
+            main(script, "--dir", folder, *options)
+
+    return stop
+
+
+@pytest.mark.parametrize("script", JOBS)
+def test_stopped_in_every_stage_it_ends_in_the_same_weights(tiny_run, tmp_path, main, stop, script):
+    plain, stopped = (copy_inputs(tiny_run, tmp_path / name) for name in ("plain", "stopped"))
+    main(script, "--dir", plain, *JOBS[script])
+    for stage in STAGES[script]:
+        stop(script, stopped, stage, *JOBS[script])
+    main(script, "--dir", stopped, *JOBS[script])
+    assert_same_weights(stopped, plain)
+    assert not list(stopped.glob(".*"))
+
+
+def refused(main, script, folder, *options):
+    """The one line that ends main()."""
+    with pytest.raises(SystemExit) as end:
+        main(script, "--dir", folder, *options)
+    assert "\n" not in end.value.code
+    return end.value.code
+
+
+def test_other_options_and_damage_need_a_restart(tmp_path, main, stop, capsys):
+    stop(SCAN, tmp_path, "diffusion", *QUICK)
+    line = refused(main, SCAN, tmp_path, *QUICK, "--lr", 0.5)
+    assert ".checkpoint.diffusion.pt has lr 0.002, not 0.5; give that, or --restart" in line
+    images = np.load(tmp_path / "train.npy")
+    np.save(tmp_path / "train.npy", images[::-1])
+    assert "has inputs" in refused(main, SCAN, tmp_path, *QUICK)
+    (tmp_path / ".checkpoint.diffusion.pt").write_bytes(b"PK\x03\x04 half a file")
+    line = refused(main, SCAN, tmp_path, *QUICK)
+    assert "diffusion.pt is missing or damaged; give --restart" in line
+    main(SCAN, "--dir", tmp_path, *QUICK, "--restart")
+    assert "going on" not in capsys.readouterr().out
+    assert (tmp_path / "diffusion").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_stage(tiny_run, tmp_path, main):
+    folder = copy_inputs(tiny_run, tmp_path / "run")
+    line = refused(main, ENCODER, folder, "--lr", 1e30)
+    assert re.match("encoder: the loss is (nan|inf) at step [1-9]", line)
+    assert not (folder / "text_encoder.pt").exists()
+
+
+def test_only_other_options_of_scan_do_scan_again(forked, tmp_path, main, capsys):
+    folder = shutil.copytree(forked[0] / "2", tmp_path / "run")
+    for options in (["--lr", 1e-3, "--p-drop", 0.2], ["--lambda-e", 4, "--until", "labels"]):
+        main(SCAN, "--dir", folder, *JOBS[SCAN], *options)
+        assert ("simclr step" in capsys.readouterr().out) == ("--lambda-e" in options)
+
+
+def test_a_step_depends_on_seed_stage_step_and_rank(load, monkeypatch, tmp_path):
+    module = load(ENCODER)
+    monkeypatch.setattr(module, "plain_options", vars)
+    seeds = set()
+    for seed, stage in itertools.product((0, 1), "ab"):
+        shares = []
+        for world, rank in ((1, 0), (2, 0), (2, 1)):
+            args = argparse.Namespace(seed=seed, world=world, rank=rank, dir=tmp_path)
+            args.restart = False
+            rows = []
+            for step, index in module.training_steps(stage, 20, 6, 7, {}, args):
+                seeds.add((torch.initial_seed(), seed, stage, step, rank))
+                rows.append(index.tolist())
+            module.drop_checkpoints([stage], args)
+            shares.append(rows)
+        pairs = zip(*shares[1:], strict=True)
+        assert shares[0] == [list(sum(zip(*pair, strict=True), ())) for pair in pairs]
+        assert len({row for rows in shares[0][:3] for row in rows}) == 18  # a pass
+        assert shares[0][:3] != shares[0][3:6]
+    assert len(seeds) == len({seed for seed, *_ in seeds}) == 2 * 2 * 7 * 2
+
+
+def test_phi_keeps_the_sign_of_its_slope(tiny_run, tmp_path, main):
+    """Turned round, phi would teach the network that ID images have the lower energy."""
+    shutil.copy(tiny_run / "train.npy", tmp_path)
+    shutil.copy(tiny_run / "train.labels.npy", tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 1), dtype=np.uint8)
+    np.save(tmp_path / "outliers.npy", noise.repeat(3, axis=3))
+    for seed in range(4):
+        options = "--method", "dream", "--dream-epochs", 3, "--seed", seed
+        main(CLASSIFIER, "--dir", tmp_path, *options)
+        held = torch.load(tmp_path / "classifier_dream.pt", weights_only=True)
+        slope = held["model"]["phi.0.weight"].diff(dim=0).item()  # w_1 - w_0
+        assert slope > 0, f"seed {seed}"
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def copies(sources):
             decorators = [part.lineno for part in getattr(node, "decorator_list", [])]
             lines = source.splitlines()[min([node.lineno, *decorators]) - 1 : node.end_lineno]
             if name not in OWN and first.setdefault(name, lines) is not lines:
-                copied += len(code_tokens("\n".join(lines)))
+                copied += len(code_tokens("\n".join(lines[len(decorators) :])))
                 drifted += [name] * (lines != first[name])
     return drifted, copied
 
@@ -256,7 +256,7 @@ READ = "def parse_args():\n    return args.a\n\n\nargs.b = x.c\nargs.w + args.lr
     ("check", "given", "found"),
     [
         (copies, [["def f():\n    1", 'X = 0\ndef f():\n    "Doc."\n    1']], (["f"], 5)),
-        (copies, [["class A:\n    1", "@no\nclass A:\n    1  # one"]], (["A"], 5)),
+        (copies, [["class A:\n    1", "@no\nclass A:\n    1  # one"]], (["A"], 3)),
         (copies, [["X = 1\ndef main(): 1", "X: int = 1\ndef main(): 2"]], (["X"], 5)),
         (copies, [["def f():\n    Y", "X = 0\ndef f():\n    Y"]], ([], 6)),
         (code_tokens, ["'''Doc.\n'''\ndef f(x):\n    'Doc.'\n    -1.5  # a"], [3] * 6 + [5] * 2),

@@ -1,5 +1,6 @@
 """The papers' formulas against closed forms, brute force and second libraries."""
 
+from collections import ChainMap
 from itertools import permutations
 from types import SimpleNamespace
 
@@ -11,7 +12,6 @@ from diffusers import DDPMScheduler, UNet2DModel
 from scipy.spatial.distance import cdist
 from scipy.special import log_softmax, logsumexp
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-from sklearn.neighbors import NearestNeighbors
 
 SCRIPTS = ["train_scan_diffusion", "train_text_encoder", "sample_outliers", "sample_sd_outliers"]
 ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0).float()
@@ -20,10 +20,8 @@ SCHEDULE = DDPMScheduler(1000, 1e-4, 0.02, "linear")
 
 @pytest.fixture(scope="module")
 def code(load):
-    functions = {}  # those of one name have the same text
-    for script in [*SCRIPTS, "train_classifier", "evaluate"]:
-        functions.update(vars(load(script)))
-    return SimpleNamespace(**functions)
+    parts = [vars(load(script)) for script in [*SCRIPTS, "train_classifier", "evaluate"]]
+    return SimpleNamespace(**dict(ChainMap(*parts)))  # what is of one name has the same text
 
 
 def generator(seed):
@@ -38,30 +36,27 @@ def unit(rows, d, seed=0):
     return F.normalize(normal(rows, d, seed=seed), dim=1).float()
 
 
-def test_nt_xent(code):
+def test_nt_xent_and_cosine_logits(code):
     z = unit(10, 7).double()
     similarity = (z @ z.T / 0.1).numpy()
+    np.testing.assert_allclose(code.cosine_logits(3 * z, 2 * z, 0.1), similarity, atol=1e-9)
     np.fill_diagonal(similarity, -np.inf)
     expected = -log_softmax(similarity, 1)[range(10), [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]].mean()
     assert code.nt_xent(*z.chunk(2), 0.1).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_scan_loss(code):
+def test_scan_and_selflabel_loss(code):
     logits = normal(6, 3)
     partner = normal(6, 3, seed=1)
-    p = np.exp(log_softmax(logits.numpy(), 1))
-    p_k = np.exp(log_softmax(partner.numpy(), 1))
+    p, p_k = np.exp(log_softmax(torch.stack([logits, partner]).numpy(), 2))
     expected = -np.log((p * p_k).sum(1)).mean() + 5 * (p.mean(0) * np.log(p.mean(0))).sum()
     assert code.scan_loss(logits, partner, 5.0).item() == pytest.approx(expected, rel=1e-9)
     impossible = torch.tensor([[400.0, 0, 0], [400, 0, 0]], requires_grad=True)
     code.scan_loss(impossible, impossible.roll(1, 1), 5.0).backward()
     assert impossible.grad.isfinite().all()
-
-
-def test_selflabel_loss_counts_every_cluster_the_same(code):
-    log_p = log_softmax(normal(4, 3).numpy(), 1)  # no confident image in cluster 1
+    log_p = np.log(p[:4])  # every cluster counts the same; cluster 1 has no confident image
     expected = -(np.mean(log_p[[0, 1, 3], 0]) + log_p[2, 2]) / 2
-    loss = code.selflabel_loss(normal(4, 3).float(), torch.tensor([0, 0, 2, 0])).item()
+    loss = code.selflabel_loss(logits[:4], torch.tensor([0, 0, 2, 0])).item()
     assert loss == pytest.approx(expected, rel=1e-6)
 
 
@@ -88,16 +83,15 @@ def test_clusters_take_the_numbers_of_the_classes(code):
     assert torch.equal(head(x)[:, number], before)
 
 
-@pytest.mark.parametrize(("k", "offset"), [(1, 0.0), (7, 1000.0), (405, 0.0), (405, 1000.0)])
-def test_knn_equals_brute_force_and_scikit_learn(code, k, offset):
+@pytest.mark.parametrize(("k", "offset"), [(1, 0.0), (7, 1000.0), (405, 1000.0)])
+def test_knn_equals_brute_force(code, k, offset):
     bank = torch.cat([unit(400, 24), unit(5, 24)]) + offset  # five rows twice
     queries = torch.cat([unit(1000, 24, 1) + offset, bank[:50], unit(1050, 24, 2) + offset])
     distance, index = code.knn(queries, bank, k)
-    square = distance.double().square().numpy()
-    tree = NearestNeighbors(n_neighbors=k, algorithm="kd_tree").fit(bank.double())
-    np.testing.assert_allclose(square, tree.kneighbors(queries.double())[0] ** 2, atol=1e-5)
-    exact = cdist(queries.double(), bank.double(), "sqeuclidean")
-    np.testing.assert_allclose(square, np.take_along_axis(exact, index.numpy(), 1), atol=1e-5)
+    exact = cdist(queries.double(), bank.double())
+    np.testing.assert_allclose(distance**2, np.sort(exact, 1)[:, :k] ** 2, atol=1e-5)
+    own = np.take_along_axis(exact, index.numpy(), 1)
+    np.testing.assert_allclose(distance**2, own**2, atol=1e-5)
     assert (np.diff(np.sort(index.numpy(), 1)) > 0).all()  # no row twice
 
 
@@ -106,13 +100,6 @@ def tiny_unet():
     blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
     size = {"block_out_channels": [16], "layers_per_block": 1, "norm_num_groups": 8}
     return UNet2DModel(8, 1, 1, num_class_embeds=4, **blocks, **size).eval()
-
-
-def test_cosine_logits_equal_torch(code):
-    z = normal(5, 9)
-    Gamma = 3 * normal(4, 9, seed=1)
-    expected = F.cosine_similarity(z[:, None], Gamma[None], dim=2) / 0.1
-    torch.testing.assert_close(code.cosine_logits(z, Gamma, 0.1), expected)
 
 
 def test_pick(code):
@@ -166,23 +153,15 @@ def test_only_the_released_way_shares_noise_among_boundary_points(code, kind):
     assert alike > 0.9 if kind == "official" else alike < 0.1
 
 
-@pytest.mark.parametrize(("inliers", "sigma"), [(False, 0.07), (False, 0.03), (True, 0.03)])
+@pytest.mark.parametrize(("inliers", "sigma"), [(False, 0.07), (True, 0.03)])
 @pytest.mark.parametrize("d", [96, 768])
-def test_embeddings_of_all_classes(code, d, inliers, sigma):
-    """sigma is scaled so that the cosine is that of d = 768; the norm is that of the anchor."""
+def test_sigma_is_scaled_so_that_the_cosine_is_that_of_768_dimensions(code, d, inliers, sigma):
     z = torch.cat([clustered(60, d), -clustered(60, d)]).numpy()
-    Gamma = unit(2, d).numpy() * np.array([[0.4], [1.2]], np.float32)
     args = selection("random", K=5, candidates=20, per_class=200, inliers=inliers, boundary=20)
     vars(args).update(sigma=sigma, inlier_sigma=sigma, seed=0, device="cpu", rank=0)
-    labels = np.repeat([0, 1], 60)
-    v, lines = code.sample_all(Gamma, 5 * z, labels, args)
-    c, source, d_K, cosine, seed = np.array([line.split(",") for line in lines], float).T
-    v = v.numpy() / np.repeat([0.4, 1.2], 200)[:, None]
-    np.testing.assert_allclose(np.linalg.norm(v, axis=1), 1, rtol=1e-5)
-    assert c.tolist() == [0] * 200 + [1] * 200 and (labels[source.astype(int)] == c).all()
-    np.testing.assert_allclose(cosine, (v * z[source.astype(int)]).sum(1), atol=2e-5)
+    _, lines = code.sample_all(unit(2, d).numpy(), 5 * z, np.repeat([0, 1], 60), args)
+    cosine = np.array([line.split(",")[3] for line in lines], float)
     assert cosine.mean() == pytest.approx(1 / np.sqrt(1 + 768 * sigma**2), abs=0.02)
-    assert len(set(seed)) == 400 and (d_K > 0).all()
 
 
 def gaussian(std, w=0.0):
@@ -211,7 +190,7 @@ def half_noise(code, x, c, seeds, model, **given):
     return code.half_noise_and_denoise(model, SCHEDULE, x, c, torch.full_like(c, 3), seeds, args)
 
 
-@pytest.mark.parametrize(("S", "std"), [(50, 0.15), (100, 0.15), (200, 0.15), (200, 0.5)])
+@pytest.mark.parametrize(("S", "std"), [(50, 0.15), (200, 0.15), (200, 0.5)])
 @pytest.mark.parametrize("w", [0.0, 2.0])
 def test_dpm_solver_from_x_S_follows_the_exact_flow_of_a_gaussian(code, S, std, w):
     x = 0.2 + std * torch.randn(64, 1, 4, 4, generator=generator(100))
@@ -222,35 +201,29 @@ def test_dpm_solver_from_x_S_follows_the_exact_flow_of_a_gaussian(code, S, std, 
     assert relative_error(x_S, x_S, S, std) > 0.03  # there is something to undo
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp", "ddpm"])
-def test_half_noised_gaussian_data_come_back_as_they_were_distributed(code, sampler):
+def test_ddpm_brings_half_noised_gaussian_data_back_as_they_were_distributed(code):
     x = 0.2 + 0.2 * torch.randn(100, 1, 8, 8, generator=generator(100))
-    made = half_noise(code, x, 0, range(100), gaussian(0.2, 2.0), S=150, sampler=sampler)
+    made = half_noise(code, x, 0, range(100), gaussian(0.2, 2.0), S=150, sampler="ddpm")
     assert made.mean().item() == pytest.approx(0.2, abs=0.01)
     assert made.std().item() == pytest.approx(0.2, rel=0.03)
-    signal = 0.2**2 * ABAR[150] / (0.2**2 * ABAR[150] + 1 - ABAR[150])  # share of x in x_S
-    kept = signal if sampler == "ddpm" else signal.sqrt()  # new noise forgets as much again
+    kept = 0.2**2 * ABAR[150] / (0.2**2 * ABAR[150] + 1 - ABAR[150])  # share of x in x_S
     correlation = torch.corrcoef(torch.stack([made.flatten(), x.flatten()]))[0, 1]
     assert correlation.item() == pytest.approx(kept.item(), abs=0.03)
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp", "ddpm"])
-def test_an_sd_outlier_does_not_depend_on_its_batch(code, sampler):
+def test_an_sd_outlier_of_ddpm_does_not_depend_on_its_batch(code):
     x = torch.rand(3, 1, 8, 8, generator=generator(0)) * 2 - 1
-    given = {"model": tiny_unet(), "S": 20, "steps": 4, "sampler": sampler}
+    given = {"model": tiny_unet(), "S": 20, "sampler": "ddpm"}
     together = half_noise(code, x, [1, 0, 2], [7, 8, 9], **given)
     alone = half_noise(code, x[1:2], [0], [8], **given)
     torch.testing.assert_close(alone, together[1:2], atol=1e-5, rtol=0)
-    other = half_noise(code, x, [1, 0, 2], [7, 80, 9], **given)
-    assert torch.equal(together[0], other[0]) and (together[1] - other[1]).abs().max() > 0.01
 
 
 def test_wrong_class_is_uniform_over_the_others_and_repeats(code):
-    for y in range(4):
-        drawn = [code.wrong_class(y, 4, 0, i) for i in range(900)]
-        counts = np.bincount(drawn, minlength=4)
-        assert counts[y] == 0 and (np.delete(counts, y) > 250).all() and len(counts) == 4
-        assert drawn == [code.wrong_class(y, 4, 0, i) for i in range(900)]
+    drawn = [code.wrong_class(2, 4, 0, i) for i in range(900)]
+    counts = np.bincount(drawn, minlength=4)
+    assert counts[2] == 0 and (np.delete(counts, 2) > 250).all() and len(counts) == 4
+    assert drawn == [code.wrong_class(2, 4, 0, i) for i in range(900)]
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp", "ddpm"])
@@ -297,9 +270,8 @@ def test_decoding_a_class_embedding_is_decoding_the_class(code, tmp_path):
 
 def test_images_take_the_levels_of_the_id_data(code):
     rng = np.random.default_rng(0)
-    colour = rng.integers(0, 256, (50, 4, 4, 3), dtype=np.uint8)
-    photographs = rng.integers(0, 256, (250, 8, 8, 3), dtype=np.uint8)
-    assert (code.match_levels(photographs, colour) == colour).all()
+    colour = rng.integers(0, 256, (250, 8, 8, 3), dtype=np.uint8)
+    assert (code.match_levels(colour, colour[:50]) == colour[:50]).all()
     assert (code.to_uint8(code.to_float(torch.from_numpy(colour))) == colour).all()
     x = torch.tensor([[[[-2.0, 0, 1]]]])
     assert code.to_uint8(x).tolist() == [[[[0] * 3, [128] * 3, [255] * 3]]]
@@ -309,25 +281,19 @@ def test_images_take_the_levels_of_the_id_data(code):
     mean = np.rint(colour.mean(3, keepdims=True))
     assert made.dtype == np.uint8 and set(np.unique(made)) <= set(digits)
     assert (np.abs(made - mean) == np.abs(mean - digits).min(-1, keepdims=True)).all()
-    assert (code.match_levels(images, images) == images).all()
 
 
-def test_energy_and_dream_loss_by_hand(code):
+def test_dream_and_sd_loss_by_hand(code):
     logits = normal(5, 3)
     log_p = log_softmax(logits.numpy(), 1)
-    classification = -log_p[[0, 1, 2], [0, 2, 1]].mean()
-    E = np.log(np.exp(logits.numpy()).sum(1))
-    np.testing.assert_allclose(code.energy(logits), E)
+    E = logsumexp(logits.numpy(), 1)
     np.testing.assert_allclose(code.energy(2 * logits, T=2.0), 2 * E)
     phi = torch.nn.Linear(1, 2).double()
     out = log_softmax(E[:, None] * phi.weight.detach().numpy().T + phi.bias.detach().numpy(), 1)
-    regularisation = -out[range(5), [1, 1, 1, 0, 0]].mean()
+    expected = -log_p[[0, 1, 2], [0, 2, 1]].mean() - 2.5 * out[range(5), [1, 1, 1, 0, 0]].mean()
     is_id = torch.tensor([True, True, True, False, False])
     loss = code.dream_loss(logits, torch.tensor([0, 2, 1, 0, 0]), is_id, phi, 2.5).item()
-    assert loss == pytest.approx(classification + 2.5 * regularisation, rel=1e-9)
-
-
-def test_sd_loss_by_hand(code):
+    assert loss == pytest.approx(expected, rel=1e-9)
     logits = {"g_bin": normal(4, 2), "g_in": normal(4, 3, seed=1), "g_out": normal(4, 3, seed=2)}
     log_p = {name: log_softmax(z.numpy(), 1) for name, z in logits.items()}
     total = log_p["g_bin"][range(4), [0, 0, 1, 1]].sum() + log_p["g_in"][[0, 1], [0, 2]].sum()
@@ -336,28 +302,24 @@ def test_sd_loss_by_hand(code):
     assert loss == pytest.approx(-total / 4, rel=1e-6)
 
 
-def test_logit_scores(code):
+@pytest.mark.parametrize("hidden", [0, 8])
+def test_scores_of_logits(code, hidden):
     logits = 3 * normal(50, 4)
+    E = logsumexp(logits.numpy(), 1)
     scores = code.logit_scores(logits)
     confidence = np.exp(log_softmax(logits.numpy(), 1)).max(1)
     np.testing.assert_allclose(scores["msp"].exp(), 1 - confidence, rtol=1e-9)
     np.testing.assert_allclose(scores["maxlogit"], -logits.numpy().max(1))
-    np.testing.assert_allclose(scores["energy"], -logsumexp(logits.numpy(), 1))
+    np.testing.assert_allclose(scores["energy"], -E)
     sure = code.logit_scores(torch.tensor([[90.0, 0, 0], [95, 0, 0], [900, 0, 0]]))["msp"]
     assert sure.isfinite().all() and sure[0] > sure[1] > sure[2]  # softmax is 1 for all three
-
-
-@pytest.mark.parametrize("hidden", [0, 8])
-def test_phi_score_is_the_log_odds_of_ood(code, hidden):
-    logits = 3 * normal(50, 4)
-    E = logsumexp(logits.numpy(), 1)
     for seed in range(20):
         torch.manual_seed(seed)
         net = code.Detector("dream", "small", 4, hidden, None)
         code.load_start(net, "dream", SimpleNamespace(vit=None, init="random"))
         phi = net.phi.double().requires_grad_(False)
         p = phi(torch.from_numpy(E)[:, None]).softmax(1).numpy()
-        score = code.phi_score(logits, phi).numpy()
+        score = code.phi_score(logits, phi).numpy()  # the log odds of OOD
         np.testing.assert_allclose(score, np.log(p[:, 0] / p[:, 1]), atol=1e-9)
         assert hidden or (np.argsort(score) == np.argsort(-E)).all()  # linear: w_1 > w_0 at first
 
@@ -401,20 +363,17 @@ def test_mahalanobis_scores_equal_their_definition(code, repeated):
     np.testing.assert_allclose(scores["relative-mahalanobis"], near - background, atol=1e-5)
 
 
-@pytest.mark.parametrize(("count", "size"), [(60, 12), (64, 12), (5, 12)])
+@pytest.mark.parametrize(("count", "size"), [(64, 12), (5, 12)])
 def test_batches_pass_over_all_rows_in_a_new_order_each_time(code, count, size):
     batches = max(1, count // size)
     parts = [code.batch_rows(count, size, step, 0, "x") for step in range(3 * batches)]
     passes = torch.cat(parts).view(3, -1).tolist()
     assert len(passes[0]) == min(count, batches * size)  # the rest is dropped
-    for rows in passes:
-        assert len(set(rows) & set(range(count))) == len(rows)
+    assert all(len(set(rows) & set(range(count))) == len(rows) for rows in passes)
     assert passes[0] != passes[1] != passes[2] != passes[0]
     other = [code.batch_rows(count, size, 0, *key).tolist() for key in ((1, "x"), (0, "y"))]
     assert passes[0][:size] not in [*other, sorted(passes[0])[:size]]
-
-
-def test_seeds_differ_and_are_what_torch_takes(code):
-    seeds = {code.seed_of(seed, i) for seed in range(3) for i in range(2000)}
-    seeds |= {code.seed_of(0, stage, i) for stage in ("simclr", "scan-1") for i in range(2000)}
-    assert len(seeds) == 10000 and all(0 <= seed < 2**32 for seed in seeds)
+    seeds = {
+        code.seed_of(seed, *key, i) for seed in (0, 1) for key in ((), "x") for i in range(2000)
+    }
+    assert len(seeds) == 8000 and all(0 <= seed < 2**32 for seed in seeds)

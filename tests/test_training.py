@@ -102,15 +102,15 @@ def gradients(folder):
     args = argparse.Namespace(device="cpu", rank=rank, world=world)
     torch.distributed.init_process_group("gloo")
     module = sys.modules[SCAN]
-    x = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0)).double()[:, rank::world]
+    x = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0))[:, rank::world]
     labels = module.gather(torch.arange(12)[rank::world] % 3, args)
     found = {}
     for name in ("nt_xent", "scan_loss", "selflabel_loss"):
         torch.manual_seed(rank)  # DistributedDataParallel begins with the first one's weights
-        net = torch.nn.Linear(5, 3).double()
+        net = torch.nn.Linear(5, 3)
         forward = module.distribute(net, args)
         a, b = (module.gather(z, args) for z in F.normalize(forward(x), dim=2))
-        last = {"nt_xent": [b, 0.1], "scan_loss": [b, 5.0], "selflabel_loss": [labels]}[name]
+        last = {"nt_xent": [b, 0.5], "scan_loss": [b, 5.0], "selflabel_loss": [labels]}[name]
         (getattr(module, name)(a, *last) * world).backward()
         found[name] = [net.weight.grad, net.bias.grad]
     torch.save(found, folder / f"gradients-{world}-{rank}")

@@ -182,8 +182,9 @@ def parse_args():
     parser.add_argument("--alpha", type=float, help=text)
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples per interval")
     args = parser.parse_args()
-    if args.scores and len(args.scores) < 2:
-        parser.error("--scores takes two files or more: ID, then OOD sets")
+    names = {path.name for path in args.scores or []}
+    if args.scores and len(names) < max(2, len(args.scores)):
+        parser.error("--scores takes two files or more, ID, then OOD sets, of different names")
     if args.bootstrap < 1:
         parser.error("--bootstrap must be at least 1")
     return args
@@ -194,8 +195,8 @@ def main():
     (args.dir / "scores").mkdir(parents=True, exist_ok=True)
     print("options", vars(args))
     if args.scores:
-        sets = {str(path): load_scores(path) for path in args.scores}
-        id_name = str(args.scores[0])
+        sets = {path.name: load_scores(path) for path in args.scores}
+        id_name = args.scores[0].name
         scored = {("scores", "given"): {"id": sets.pop(id_name)} | sets}
         facts = {"scores": {"id_accuracy": None, "seed": args.seed}}
         notes = []

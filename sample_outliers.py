@@ -557,14 +557,14 @@ def pair_sheet(images, sources, rows, labels, captions):
     images (M, H, W, 3) uint8, with labels (M,) and captions; rows (M,): their places in sources.
     """
     classes = np.unique(labels)[:10]
-    figure = Figure((12, 1.2 * len(classes)))
+    figure = Figure((12, 1.2 * len(classes)), layout="constrained")
     axes = figure.subplots(len(classes), 12, squeeze=False)
     for line, c in zip(axes, classes, strict=True):
         shown = np.flatnonzero(labels == c)[:12:2]
         for left, right, i in zip(line[::2], line[1::2], shown, strict=False):
             left.imshow(sources[rows[i]])
             right.imshow(images[i])
-            right.set_title(captions[i], size=8)
+            right.set_title(captions[i])
     for axis in axes.flat:
         axis.axis("off")
     return figure

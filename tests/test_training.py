@@ -277,19 +277,5 @@ def test_a_step_depends_on_seed_stage_step_and_rank(load, monkeypatch, tmp_path)
     assert len(seeds) == len({seed for seed, *_ in seeds}) == 2 * 2 * 7 * 2
 
 
-def test_phi_keeps_the_sign_of_its_slope(tiny_run, tmp_path, main):
-    """Turned round, phi would teach the network that ID images have the lower energy."""
-    shutil.copy(tiny_run / "train.npy", tmp_path)
-    shutil.copy(tiny_run / "train.labels.npy", tmp_path)
-    noise = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 1), dtype=np.uint8)
-    np.save(tmp_path / "outliers.npy", noise.repeat(3, axis=3))
-    for seed in range(4):
-        options = "--method", "dream", "--dream-epochs", 3, "--seed", seed
-        main(CLASSIFIER, "--dir", tmp_path, *options)
-        held = torch.load(tmp_path / "classifier_dream.pt", weights_only=True)
-        slope = held["model"]["phi.0.weight"].diff(dim=0).item()  # w_1 - w_0
-        assert slope > 0, f"seed {seed}"
-
-
 if __name__ == "__main__":
     forks(Path(sys.argv[1]))

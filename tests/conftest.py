@@ -1,4 +1,4 @@
-"""Shared by all tests: scripts as modules, scripts as subprocesses, and one tiny run of the whole pipeline."""
+"""Shared by all tests: scripts as modules and as subprocesses, tiny runs of the pipeline."""
 
 import importlib.util
 import json
@@ -33,14 +33,29 @@ WORDS = [
     "photo",
     "digit",
 ]
-SMALL = "--K 6 --boundary 6 --draw 6 --candidates 16 --per-class 12 --steps 4".split()
-FEW_EPOCHS = "--epochs 2 --dream-epochs 2 --sd-epochs 2".split()
+SMALL = [
+    "--K",
+    6,
+    "--boundary",
+    6,
+    "--draw",
+    6,
+    "--candidates",
+    16,
+    "--per-class",
+    12,
+    "--steps",
+    4,
+]
+FEW_EPOCHS = ["--epochs", 2, "--dream-epochs", 2, "--sd-epochs", 2]
 PIECES = ["por", "cup", "ine</w>"]  # porcupine: three tokens, as in CLIP's own vocabulary
 
 
 @pytest.fixture(scope="session")
 def load():
-    """load(name): a script of the repository as a module; sys.modules and sys.path stay as they are."""
+    """load(name): a script of the repository as a module; sys.modules and sys.path stay as they
+    are.
+    """
 
     @cache
     def load(name):
@@ -54,7 +69,9 @@ def load():
 
 @pytest.fixture(scope="session")
 def run():
-    """run(script, *args, cwd=None): a script of the repository as a subprocess, with its output captured as text."""
+    """run(script, *args, cwd=None): a script of the repository as a subprocess, with its output
+    captured as text.
+    """
 
     def run(script, *args, cwd=None, timeout=300):
         command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, args)]
@@ -76,7 +93,8 @@ def main(load, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, run):
-    """Shared directory left by the six scripts on digits 0-2, each at its smallest sensible size. Copy it to change it.
+    """Shared directory left by the six scripts on digits 0-2, each at its smallest sensible
+    size. Copy it to change it.
 
     K = 6, 12 outliers per class, 16 candidates per boundary point, sigma and S as in the recipe.
     """
@@ -120,7 +138,8 @@ def tiny_run(tmp_path_factory, run):
 
 
 def build_stable_diffusion(folder, full_size=False):
-    """A Stable Diffusion of the real classes with random weights, 16 px, in diffusers' layout; returns the folder.
+    """A Stable Diffusion of the real classes with random weights, 16 px, in diffusers' layout;
+    returns the folder.
 
     Each of WORDS is one token, porcupine is three; every other word falls apart into letters.
     """
@@ -229,7 +248,8 @@ def tiny_sd(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sd_run(tmp_path_factory, run, tiny_sd):
-    """Shared directory left by paper A's scripts and paper B's sampler on digits 0-2 with the tiny Stable Diffusion.
+    """Shared directory left by paper A's scripts and paper B's sampler on digits 0-2 with the
+    tiny Stable Diffusion.
 
     Classes: zero, one, and porcupine, a word of three tokens. K = 6, 12 outliers per class.
     """

@@ -1,14 +1,11 @@
 """evaluate.py: metrics against scikit-learn and brute force, scores against NumPy, bad input."""
 
-import itertools
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 FIELDS = {
     *("method", "score", "id", "ood", "n_id", "n_ood", "auroc", "auroc_ci", "fpr95", "fpr95_ci"),
@@ -40,7 +37,7 @@ CASES = {
 
 
 def brute_force(kept, other):
-    """Share of `other` at or below the least score with 95 % of `kept` at or below it; the score."""
+    """Share of `other` at or below t, the least score with 95 % of `kept` at or below it; t."""
     for t in sorted(kept.tolist()):
         if 100 * (kept <= t).sum() >= 95 * len(kept):
             return (other <= t).mean(), t
@@ -152,7 +149,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_score_files_are_one_line(files, main, tmp_path, name):
-    good, bad = files(good=normal(30), **{name: BAD[name] if name in BAD else None})
+    good, bad = files(good=normal(30), **{name: BAD.get(name)})
     if name == "short":
         bad.write_bytes(good.read_bytes()[:-8])
     if name == "missing":

@@ -1,16 +1,13 @@
-"""evaluate.py: metrics against scikit-learn and brute force, scores against NumPy, bad input."""
+"""evaluate.py: metrics against scikit-learn and brute force, tables, pictures, what is refused."""
 
+import argparse
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
-
-FIELDS = {
-    *("method", "score", "id", "ood", "n_id", "n_ood", "auroc", "auroc_ci", "fpr95", "fpr95_ci"),
-    *("fpr95_ood", "aupr_in", "aupr_out", "threshold", "id_accuracy", "seed"),
-}
 
 
 @pytest.fixture
@@ -22,14 +19,15 @@ def normal(count, mean=0.0, seed=0):
     return np.random.default_rng(seed).normal(mean, 1, count)
 
 
+A, B = normal(217), normal(131, 1, 1)
 CASES = {
-    "random": (normal(217), normal(131, 1, 1)),
-    "separated": (normal(217), normal(131, 100, 1)),
-    "reversed": (normal(217, 100), normal(131, 0, 1)),
-    "tied": (np.round(normal(217)), np.round(normal(131, 1, 1))),
+    "random": (A, B),
+    "separated": (A, B + 100),
+    "reversed": (A + 100, B),
+    "tied": (np.round(A), np.round(B)),
     "constant": (np.zeros(40), np.zeros(60)),
-    "two values": (np.sign(normal(217)), np.sign(normal(131, 1, 1))),
-    "float32": (normal(217).astype(np.float32), normal(131, 1, 1).astype(np.float32)),
+    "two values": (np.sign(A), np.sign(B)),
+    "float32": (A.astype(np.float32), B.astype(np.float32)),
     "one ID image": (np.array([0.5]), np.array([0.5, 0.7])),
     "95 % of 20 is 19": (np.arange(20.0), np.arange(20.0) + 18.5),
     "95 % of 40 is 38": (np.arange(40.0), np.arange(40.0) + 36.5),
@@ -37,11 +35,9 @@ CASES = {
 
 
 def brute_force(kept, other):
-    """Share of `other` at or below t, the least score with 95 % of `kept` at or below it; t."""
-    for t in sorted(kept.tolist()):
-        if 100 * (kept <= t).sum() >= 95 * len(kept):
-            return (other <= t).mean(), t
-    raise AssertionError
+    """Share of `other` up to the least score that 95 % of `kept` do not exceed; that score."""
+    t = min(s for s in kept.tolist() if 100 * (kept <= s).sum() >= 95 * len(kept))
+    return (other <= t).mean(), t
 
 
 @pytest.mark.parametrize(("a", "b"), CASES.values(), ids=CASES)
@@ -54,145 +50,161 @@ def test_metrics_equal_scikit_learn_and_brute_force(evaluate, a, b):
     assert found["aupr_in"] == pytest.approx(average_precision_score(~is_ood, -both), abs=1e-12)
     assert (found["fpr95"], found["threshold"]) == brute_force(a, b)
     assert found["fpr95_ood"] == brute_force(-b, -a)[0]
+    for convention, positive, sign in (("fpr95", ~is_ood, -1), ("fpr95_ood", is_ood, 1)):
+        fpr, tpr, _ = roc_curve(positive, sign * both, drop_intermediate=False)
+        assert found[convention] == fpr[np.argmax(100 * tpr > 95 - 1e-9)]
     assert (found["n_id"], found["n_ood"]) == (len(a), len(b))
     assert (a > found["threshold"]).mean() <= 0.05
     assert 1 - (b > found["threshold"]).mean() == pytest.approx(found["fpr95"], abs=1e-12)
     json.dumps(found, allow_nan=False)
 
 
-def test_fpr95_is_the_first_point_of_the_complete_roc_curve(evaluate):
-    a = np.round(normal(300), 1)
-    b = np.round(normal(200, 1, 1), 1)
-    is_id = np.repeat([1, 0], [300, 200])
-    found = evaluate.metrics(a, b, 5, 0)
-    fpr, tpr, _ = roc_curve(is_id, -np.concatenate([a, b]), drop_intermediate=False)
-    assert found["fpr95"] == fpr[tpr >= 0.95][0]
-    fpr, tpr, _ = roc_curve(1 - is_id, np.concatenate([a, b]), drop_intermediate=False)
-    assert found["fpr95_ood"] == fpr[tpr >= 0.95][0]
-
-
-def test_intervals_hold_the_estimate_shrink_and_repeat(evaluate):
-    widths = []
-    for n in (100, 1600):
-        a = normal(n, 0, 5)
-        b = normal(n, 1, 6)
-        found = evaluate.metrics(a, b, 300, 3)
-        for name in ("auroc", "fpr95"):
-            low, high = found[f"{name}_ci"]
-            assert 0 <= low < found[name] < high <= 1
-        widths.append(np.diff([found["auroc_ci"], found["fpr95_ci"]]).ravel())
-    assert widths[0] / widths[1] == pytest.approx([4, 4], rel=0.35)  # the root of 16
+@pytest.mark.parametrize("n", [100, 1600])
+def test_intervals_hold_the_estimate_repeat_and_have_the_known_width(evaluate, n):
+    a = normal(n, 0, 5)
+    b = normal(n, 1, 6)
+    found = evaluate.metrics(a, b, 300, 3)
+    for name in ("auroc", "fpr95"):
+        low, high = found[f"{name}_ci"]
+        assert 0 <= low < found[name] < high <= 1
     assert found == evaluate.metrics(a, b, 300, 3)
     assert found["auroc_ci"] != evaluate.metrics(a, b, 300, 4)["auroc_ci"]
-    # the standard error of an AUROC (Hanley and McNeil, 1982): 3.92 of them are the interval
-    A = found["auroc"]
-    spread = A / (2 - A) + 2 * A * A / (1 + A) - 2 * A * A
-    error = np.sqrt((A * (1 - A) + (n - 1) * spread) / n**2)
-    assert widths[1][0] == pytest.approx(3.92 * error, rel=0.2)
+    auroc = found["auroc"]  # its standard error by Hanley and McNeil, 1982
+    spread = auroc / (2 - auroc) + 2 * auroc**2 / (1 + auroc) - 2 * auroc**2
+    error = np.sqrt((auroc * (1 - auroc) + (n - 1) * spread) / n**2)
+    assert np.ptp(found["auroc_ci"]) == pytest.approx(3.92 * error, rel=0.2)
 
 
 @pytest.fixture
-def files(tmp_path):
-    """save(name=array, ...): .npy files, as a list of paths."""
-
-    def save(**arrays):
-        for name, array in arrays.items():
-            np.save(tmp_path / f"{name}.npy", array, allow_pickle=True)
-        return [tmp_path / f"{name}.npy" for name in arrays]
-
-    return save
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("mine.npy", A)
+    np.save("near.npy", B)
+    np.save("far.npy", B + 9)
+    return tmp_path
 
 
-def test_scores_of_anybody(files, main, tmp_path, capsys):
-    a = normal(300)
-    b = normal(200, 1, 1).astype(np.float32)
-    paths = files(mine=a, far=b + 9, near=b)
-    main("evaluate", "--dir", tmp_path / "out", "--bootstrap", 20, "--scores", *paths)
-    far, near = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert set(near) == FIELDS
-    assert (near["method"], near["score"]) == ("scores", "given")
-    assert (near["id"], far["ood"], near["ood"]) == ("mine.npy", "far.npy", "near.npy")
-    assert near["id_accuracy"] is None
-    is_ood = np.repeat([0, 1], [300, 200])
-    assert near["auroc"] == pytest.approx(roc_auc_score(is_ood, np.append(a, b)), abs=1e-12)
-    assert (near["fpr95"], near["threshold"]) == brute_force(a, b)
-    assert far["auroc"] > near["auroc"]
-    text = (tmp_path / "out" / "results.md").read_text()
-    assert text in capsys.readouterr().out
-    assert "mine.npy (n = 300) against near.npy (n = 200)" in text
-    assert f"| scores | given | {near['auroc']:.1%} [" in text
-    left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {"results.json", "results.md", "roc.png", "scores.png", "scores"}
+def test_scores_of_anybody(here, main, capsys):
+    main(
+        "evaluate", "--dir", "out", "--bootstrap", 20, "--scores", "mine.npy", "far.npy", "near.npy"
+    )
+    far, near = json.loads((here / "out" / "results.json").read_text())
+    facts = {"method": "scores", "score": "given", "id": "mine.npy", "id_accuracy": None}
+    assert (facts | {"ood": "far.npy", "auroc": 1}).items() <= far.items()
+    fpr95, threshold = brute_force(A, B)
+    expected = {"ood": "near.npy", "fpr95": fpr95, "threshold": threshold}
+    assert (facts | expected).items() <= near.items()
+    assert (here / "out" / "results.md").read_text() in capsys.readouterr().out
+    assert {"roc.png", "scores.png"} <= {path.name for path in (here / "out").iterdir()}
 
 
 @pytest.mark.parametrize("dtype", [bool, np.int8, np.uint16, np.float16, ">f4", np.longdouble])
-def test_scores_of_any_real_type(files, main, tmp_path, dtype):
-    paths = files(a=np.array([0, 0, 1], dtype), b=np.array([1, 1, 1, 0], dtype))
-    main("evaluate", "--dir", tmp_path, "--bootstrap", 2, "--scores", *paths)
-    (record,) = json.loads((tmp_path / "results.json").read_text())
-    assert record["auroc"] == pytest.approx((6 + 0.5 * 5) / 12)
-    assert record["threshold"] == 1
+def test_scores_of_any_real_type(here, evaluate, dtype):
+    np.save("a.npy", np.array([0, 0, 1], dtype))
+    np.save("b.npy", np.array([1, 1, 1, 0], dtype))
+    found = evaluate.metrics(evaluate.load_scores("a.npy"), evaluate.load_scores("b.npy"), 2, 0)
+    assert found["auroc"] == pytest.approx((6 + 0.5 * 5) / 12)
+    assert found["threshold"] == 1
 
 
-BAD = {
-    "infinite": np.array([1, np.inf]),
-    "nan": np.array([1, np.nan]),
-    "empty": np.array([]),
-    "square": np.zeros((3, 3)),
-    "scalar": np.array(3.0),
-    "text": np.array(["a", "b"]),
-    "pickled": np.array([{}, None]),
-    "short": None,
-    "missing": None,
-}
+@pytest.mark.parametrize("bad", [[], [[1.0, 2.0]], 3.0, [1, np.inf], [-np.inf, 1], [np.nan], ["a"]])
+def test_bad_scores_are_one_line(here, main, bad):
+    np.save("near.npy", bad)
+    for order in (["mine.npy", "near.npy"], ["near.npy", "mine.npy"]):
+        with pytest.raises(SystemExit, match=r"^near\.npy .*$"):
+            main("evaluate", "--dir", "out", "--scores", *order)
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_score_files_are_one_line(files, main, tmp_path, name):
-    good, bad = files(good=normal(30), **{name: BAD.get(name)})
-    if name == "short":
-        bad.write_bytes(good.read_bytes()[:-8])
-    if name == "missing":
-        bad.unlink()
-    for order in ([bad, good], [good, bad]):
-        with pytest.raises(SystemExit) as end:
-            main("evaluate", "--dir", tmp_path / "out", "--scores", *order)
-        assert str(bad) in end.value.code
-        assert "\n" not in end.value.code
-    assert not list((tmp_path / "out").rglob("*.*"))
+@pytest.fixture
+def args(tmp_path):
+    """Options of evaluate.py; their folder holds labels, 4 of training and 6 of test images."""
+    np.save(tmp_path / "train.labels.npy", np.array([0, 1, 2, 1]))
+    np.save(tmp_path / "test.labels.npy", np.array([0, 0, 0, 1, 1, 2]))
+    return argparse.Namespace(dir=tmp_path, seed=0, device="cpu", k=2, knn_k=5, data_root="data")
 
 
-def test_too_few_or_twice_the_same_name_of_scores(files, main, tmp_path, capsys):
-    (path,) = files(a=normal(30))
-    (tmp_path / "other").mkdir()
-    np.save(tmp_path / "other" / "a.npy", normal(30, 1, 1))
-    for options in ([path], [path, tmp_path / "other" / "a.npy"], [path, path, "--bootstrap", 0]):
-        with pytest.raises(SystemExit) as end:
-            main("evaluate", "--dir", tmp_path / "out", "--scores", *options)
-        said = capsys.readouterr().err + str(end.value.code)
-        assert "Error" not in said
-        assert not (tmp_path / "out" / "results.json").exists()
+def one_hot(rows):
+    return 9.0 * torch.eye(3)[list(rows)]
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory, load):
-    """Grey random images of three classes, untrained detectors, as the other scripts leave them."""
-    folder = tmp_path_factory.mktemp("untrained")
-    rng = np.random.default_rng(0)
-    data = {"data": "digits:0-2", "recipe": "digits", "image_size": 8, "classes": list("012")}
-    (folder / "data.json").write_text(json.dumps(data | {"digest": [7]}))
-    for name, count in {"train": 40, "test": 30, "sd_outliers": 40}.items():
-        grey = rng.integers(0, 256, (count, 8, 8, 1), dtype=np.uint8)
-        np.save(folder / f"{name}.npy", grey.repeat(3, axis=3))
-    for name, count in {"train": 40, "test": 30}.items():
-        np.save(folder / f"{name}.labels.npy", np.arange(count) % 3)
-    rows = "".join(f"{i},{i},{i % 3},{(i + 1) % 3},0\n" for i in range(40))
-    (folder / "sd_outliers.csv").write_text(f"index,source,y,c_r,seed\n{rows}")
-    for method, shift in {"ce": 0, "dream": 0, "sd": 1}.items():
-        torch.manual_seed(0)
-        net = load("evaluate").Detector(method, "small", 3, 0, None)
-        config = {"method": method, "arch": "small", "classes": 3, "phi_hidden": 0, "vit": None}
-        held = {"model": net.state_dict(), "labels": (torch.arange(40) + shift) % 3}
-        held |= {"config": config | {"crop": 0, "seed": 7}, "digest": [7]}
-        torch.save(held, folder / f"classifier_{method}.pt")
-    return folder
+@pytest.mark.parametrize("guess", [(0, 0, 0, 1, 1, 2), (1, 1, 0, 2, 2, 0), (2, 2, 2, 2, 0, 1)])
+def test_id_accuracy_is_plain_or_after_hungarian_matching(evaluate, args, guess):
+    y = np.load(args.dir / "test.labels.npy")
+    logits = {"g_in": one_hot(guess)}
+    plain = evaluate.id_accuracy(logits, np.array([0, 1, 2, 1]), args)
+    assert plain == pytest.approx((y == guess).mean())
+    best = max((np.take(order, guess) == y).mean() for order in itertools.permutations(range(3)))
+    assert evaluate.id_accuracy(logits, np.array([1, 2, 0, 2]), args) == pytest.approx(best)
+    assert evaluate.id_accuracy({}, np.array([0, 1, 2, 1]), args) is None
+
+
+def test_flip_report(evaluate, args):
+    """Eight outliers, with y = 0 and c_r = 1: four seen as y, two as c_r, one as 2, one as none."""
+    rows = "".join(f"{i},{i},0,{1 + i // 7},5\n" for i in range(8))
+    (args.dir / "sd_outliers.csv").write_text(f"index,source,y,c_r,seed\n{rows}")
+    logits = torch.cat([one_hot([0, 0, 0, 0, 1, 1, 2]), torch.tensor([[0.2, 0.1, 0]])])
+    shares = "y 50.0%, c_r 25.0%, other 12.5%, unsure 12.5%"
+    assert evaluate.flip_report(logits, args) == [f"ce takes SD outliers for {shares}"]
+
+
+def test_results_table(evaluate):
+    record = {"auroc": 0.9876, "auroc_ci": [0.5, 1], "fpr95": 0.25, "fpr95_ci": [0.1, 0.3]}
+    record |= {"fpr95_ood": 0.5, "aupr_in": 0.75, "aupr_out": 1.0, "id_accuracy": None, "seed": 7}
+    record |= {"method": "ce", "score": "msp", "id": "d", "ood": "x", "n_id": 3, "n_ood": 4}
+    records = [record, record | {"method": "sd", "id_accuracy": 0.9}, record | {"ood": "y"}]
+    first, second = evaluate.results_table(records).split("## d (n = 3) against ")[1:]
+    shares = "msp | 98.8% [50.0%, 100.0%] | 25.0% [10.0%, 30.0%] | 50.0% | 75.0% | 100.0% |"
+    assert first.startswith("x (n = 4)")
+    assert first.rstrip().endswith(f"|---|\n| ce | {shares} - | 7 |\n| sd | {shares} 90.0% | 7 |")
+    assert second.startswith("y (n = 4)")
+    assert second.rstrip().endswith(f"|---|\n| ce | {shares} - | 7 |")
+
+
+@pytest.mark.parametrize("spec", ["digits", "digits:2,7", "digits:3-5", "patches"])
+def test_ood_sets_must_not_overlap_with_the_id_data(evaluate, args, tiny_run, spec):
+    args.dir = tiny_run  # digits:0-2
+    args.ood_data = [spec]
+    if spec in ("digits", "digits:2,7"):
+        with pytest.raises(SystemExit, match=f"^{spec} overlaps with the ID data digits:0-2;.*$"):
+            evaluate.load_sets(args)
+    else:
+        assert len(evaluate.load_sets(args)[spec]) == {"digits:3-5": 546, "patches": 520}[spec]
+
+
+def test_sd_needs_its_outliers(evaluate, args):
+    features = {"train": torch.randn(9, 4), "id": torch.randn(5, 4)}
+    with pytest.raises(SystemExit, match=r"has no sd_outliers\.npy for sd; run sample_sd_outliers"):
+        evaluate.method_scores("sd", None, features, {"id": {}}, np.zeros(9), args)
+
+
+SHOWN = {("ce", "msp"): {"id": A, "x": B, "y": B + 1}, ("sd", "bin"): {"id": A, "x": B, "y": -B}}
+
+
+def test_roc_curves_hold_the_area_of_the_table(evaluate):
+    figure = evaluate.plot_roc(SHOWN)
+    assert [axis.get_title() for axis in figure.axes] == ["x", "y"]
+    for axis in figure.axes:
+        for line, sets in zip(axis.lines, SHOWN.values(), strict=True):
+            expected = evaluate.auroc_fpr95(sets["id"], sets[axis.get_title()])[0]
+            assert np.trapezoid(line.get_ydata(), line.get_xdata()) == pytest.approx(expected)
+
+
+def test_histograms_count_every_image_once(evaluate):
+    figure = evaluate.plot_scores(SHOWN)
+    assert [axis.get_title() for axis in figure.axes] == ["ce, msp", "sd, bin"]
+    for part in [part for axis in figure.axes for part in axis.patches]:
+        x, y = part.get_xy().T
+        assert np.trapezoid(y, x) * 40 / np.ptp(x) == pytest.approx(1)  # of 40 bins
+
+
+def test_tsne_shows_every_set_in_its_place(evaluate, args):
+    rows = "".join(f"{i},{i},{i % 3},0,5\n" for i in range(40))
+    (args.dir / "sd_outliers.csv").write_text(f"index,source,y,c_r,seed\n{rows}")
+    names = ["id", "x", "sd_outliers"]
+    features = {name: torch.randn(40, 4) + 50 * i for i, name in enumerate(names)}
+    (axis,) = evaluate.plot_tsne(features | {"train": torch.zeros(9, 4)}, args).axes
+    assert [dots.get_label() for dots in axis.collections] == names
+    places = np.array([dots.get_offsets() for dots in axis.collections])  # (3, 40, 2)
+    distances = np.linalg.norm(places[:, :, None] - places.mean(1), axis=3)
+    assert (distances.argmin(2) == np.arange(3)[:, None]).all()
+    assert len(np.unique(axis.collections[2].get_facecolors(), axis=0)) == 3

@@ -3,10 +3,10 @@
 import argparse
 import importlib
 import itertools
+import multiprocessing
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -50,34 +50,33 @@ def assert_same_weights(*folders):
         for path in folder.glob("*.pt"):
             held[path.name] = torch.load(path, weights_only=True)
             held[path.name].pop("config")
+    assert files[0]
     torch.testing.assert_close(*files, rtol=0, atol=0)
 
 
-def fork(log, job, *args, **environment):
-    """job(*args) in a process of its own; returns its number."""
-    child = os.fork()
-    if child:
-        return child
-    os.environ.update(environment)
-    sys.stdout = open(log, "w", buffering=1)  # noqa: SIM115
-    try:
-        job(*args)
-        os._exit(0)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        os._exit(1)
+# The program of this file imports the scripts once and forks; the tests look at what it leaves.
 
 
-def torchrun(world, log, *job):
-    """job on one or two processes, with what torchrun puts into their environment."""
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(os.getpid() + 9999)}
-    group["WORLD_SIZE"] = str(world)
-    for child in [fork(f"{log}-{rank}", *job, RANK=str(rank), **group) for rank in range(world)]:
-        if os.waitpid(child, 0)[1]:
-            sys.exit("a process failed")
+def fork(world, job, *args):
+    """job(*args) in one or two processes, with what torchrun puts into their environment."""
+    print(f"\n== {world} {args}", flush=True)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(os.getpid() + 9999)}
+    processes = []
+    for rank in range(world):
+        os.environ.update(address, WORLD_SIZE=str(world), RANK=str(rank))
+        process = multiprocessing.get_context("fork").Process(target=job, args=args)
+        process.start()
+        processes.append(process)
+    return processes
 
 
-def call(name, folder, options):
+def finish(processes):
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+
+
+def call(folder, name, options):
     """main() of a script, which says how each stage ends; the second process cannot save."""
     module = sys.modules[name]
     steps_of = module.training_steps
@@ -116,39 +115,37 @@ def gradients(folder):
     torch.save(found, folder / f"gradients-{world}-{rank}")
 
 
-def forks(folder):
-    """The program of this file: imports the scripts once, then makes what the tests look at."""
+def program(folder):
     for name in JOBS:
         importlib.import_module(name)
-    log = folder / "log"
-    torchrun(1, log, gradients, folder)
-    torchrun(2, log, gradients, folder)
-    torchrun(1, folder / "one", call, CLASSIFIER, folder / "1", JOBS[CLASSIFIER])
+    finish(fork(1, gradients, folder))
+    finish(fork(2, gradients, folder))
+    finish(fork(1, call, folder / "one", CLASSIFIER, JOBS[CLASSIFIER]))
     for name in JOBS:
-        torchrun(2, folder / name, call, name, folder / "2", JOBS[name])
-    job = [call, SCAN, folder / "plain", [*QUICK, "--steps", "40"]]
-    torchrun(1, log, *job)
+        finish(fork(2, call, folder / "two", name, JOBS[name]))
+    long = [*QUICK, "--steps", "40"]
+    finish(fork(1, call, folder / "plain", SCAN, long))
     sys.modules[SCAN].CHECKPOINT_SECONDS = 0
-    job[2] = folder / "killed"
-    child = fork(log, *job, RANK="0")
-    while not (folder / "killed" / ".checkpoint.diffusion.pt").exists():
+    killed = folder / "killed"
+    (process,) = fork(1, call, killed, SCAN, long)
+    while not (killed / ".checkpoint.diffusion.pt").exists():
         time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    torchrun(1, folder / "killed", *job)
+    process.kill()
+    process.join()
+    finish(fork(1, call, killed, SCAN, long))
 
 
 @pytest.fixture(scope="module")
 def forked(tiny_run, tmp_path_factory):
-    """Folder of forks(), and what the processes wrote to standard error."""
-    folder = tmp_path_factory.mktemp("forks")
-    copy_inputs(tiny_run, folder / "1")
-    copy_inputs(tiny_run, folder / "2")
+    """Folder of program(), its standard output for each job, and its standard error."""
+    folder = tmp_path_factory.mktemp("forked")
+    copy_inputs(tiny_run, folder / "one")
+    copy_inputs(tiny_run, folder / "two")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder, done.stderr
+    return folder, done.stdout.split("\n== ")[1:], done.stderr
 
 
 @pytest.mark.parametrize("loss", ["nt_xent", "scan_loss", "selflabel_loss"])
@@ -162,17 +159,18 @@ def test_gather_gives_two_processes_the_gradient_of_one(forked, loss):
 
 @pytest.mark.parametrize("script", JOBS)
 def test_two_processes_end_in_the_same_weights(forked, script):
-    folder, said = forked
+    folder, _, said = forked
     for stage, rate in STAGES[script].items():
-        ends = [re.findall(f"{stage} of {r} in 2 ends at (.*) (.*) \\.", said) for r in "01"]
+        ends = [re.findall(f"{stage} of {r} in two ends at (.*) (.*) \\.", said) for r in "01"]
         assert ends[0] == ends[1], stage
         assert float(ends[0][0][1]) == pytest.approx(rate, abs=1e-12), stage
-    assert not list((folder / "2").rglob(".*"))
+    assert not list((folder / "two").rglob(".*"))
 
 
 @pytest.mark.parametrize("stage", METHODS)
 def test_the_loss_of_two_processes_falls_like_that_of_one(forked, stage):
-    logs = [(forked[0] / f"{name}-0").read_text() for name in ("one", CLASSIFIER)]
+    logs = [log for log in forked[1] if CLASSIFIER in log.splitlines()[0]]
+    assert len(logs) == 2
     for log in logs:
         losses = [float(loss) for loss in re.findall(f"{stage} step .*, loss (.*)", log)]
         assert len(losses) >= 20
@@ -180,7 +178,7 @@ def test_the_loss_of_two_processes_falls_like_that_of_one(forked, stage):
 
 
 def test_killed_and_started_again_it_ends_in_the_same_weights(forked):
-    done = re.search(r"going on from step (\d+)", (forked[0] / "killed-0").read_text())
+    done = re.search(r"going on from step (\d+)", forked[1][-1])
     assert 1 <= int(done[1]) < 40
     assert_same_weights(forked[0] / "killed", forked[0] / "plain")
 
@@ -215,27 +213,21 @@ def test_stopped_in_every_stage_it_ends_in_the_same_weights(tiny_run, tmp_path, 
         stop(script, stopped, stage, *JOBS[script])
     main(script, "--dir", stopped, *JOBS[script])
     assert_same_weights(stopped, plain)
-    assert not list(stopped.glob(".*"))
-
-
-def refused(main, script, folder, *options):
-    """The one line that ends main()."""
-    with pytest.raises(SystemExit) as end:
-        main(script, "--dir", folder, *options)
-    assert "\n" not in end.value.code
-    return end.value.code
 
 
 def test_other_options_and_damage_need_a_restart(tmp_path, main, stop, capsys):
+    def refused(text, *options):
+        with pytest.raises(SystemExit, match=text) as end:
+            main(SCAN, "--dir", tmp_path, *QUICK, *options)
+        assert "\n" not in end.value.code
+
     stop(SCAN, tmp_path, "diffusion", *QUICK)
-    line = refused(main, SCAN, tmp_path, *QUICK, "--lr", 0.5)
-    assert ".checkpoint.diffusion.pt has lr 0.002, not 0.5; give that, or --restart" in line
+    refused("diffusion.pt has lr 0.002, not 0.5; give that, or --restart", "--lr", 0.5)
     images = np.load(tmp_path / "train.npy")
     np.save(tmp_path / "train.npy", images[::-1])
-    assert "has inputs" in refused(main, SCAN, tmp_path, *QUICK)
+    refused("diffusion.pt has inputs .* --restart")
     (tmp_path / ".checkpoint.diffusion.pt").write_bytes(b"PK\x03\x04 half a file")
-    line = refused(main, SCAN, tmp_path, *QUICK)
-    assert "diffusion.pt is missing or damaged; give --restart" in line
+    refused("diffusion.pt is missing or damaged; give --restart")
     main(SCAN, "--dir", tmp_path, *QUICK, "--restart")
     assert "going on" not in capsys.readouterr().out
     assert (tmp_path / "diffusion").exists()
@@ -243,39 +235,22 @@ def test_other_options_and_damage_need_a_restart(tmp_path, main, stop, capsys):
 
 def test_a_loss_that_is_not_finite_ends_the_stage(tiny_run, tmp_path, main):
     folder = copy_inputs(tiny_run, tmp_path / "run")
-    line = refused(main, ENCODER, folder, "--lr", 1e30)
-    assert re.match("encoder: the loss is (nan|inf) at step [1-9]", line)
+    with pytest.raises(SystemExit, match="^encoder: the loss is (nan|inf) at step [1-9].*$"):
+        main(ENCODER, "--dir", folder, "--lr", 1e30)
     assert not (folder / "text_encoder.pt").exists()
 
 
-def test_only_other_options_of_scan_do_scan_again(forked, tmp_path, main, capsys):
-    folder = shutil.copytree(forked[0] / "2", tmp_path / "run")
-    for options in (["--lr", 1e-3, "--p-drop", 0.2], ["--lambda-e", 4, "--until", "labels"]):
-        main(SCAN, "--dir", folder, *JOBS[SCAN], *options)
-        assert ("simclr step" in capsys.readouterr().out) == ("--lambda-e" in options)
-
-
 def test_a_step_depends_on_seed_stage_step_and_rank(load, monkeypatch, tmp_path):
-    module = load(ENCODER)
-    monkeypatch.setattr(module, "plain_options", vars)
+    monkeypatch.setattr(load(ENCODER), "plain_options", vars)
     seeds = set()
-    for seed, stage in itertools.product((0, 1), "ab"):
-        shares = []
-        for world, rank in ((1, 0), (2, 0), (2, 1)):
-            args = argparse.Namespace(seed=seed, world=world, rank=rank, dir=tmp_path)
-            args.restart = False
-            rows = []
-            for step, index in module.training_steps(stage, 20, 6, 7, {}, args):
-                seeds.add((torch.initial_seed(), seed, stage, step, rank))
-                rows.append(index.tolist())
-            module.drop_checkpoints([stage], args)
-            shares.append(rows)
-        pairs = zip(*shares[1:], strict=True)
-        assert shares[0] == [list(sum(zip(*pair, strict=True), ())) for pair in pairs]
-        assert len({row for rows in shares[0][:3] for row in rows}) == 18  # a pass
-        assert shares[0][:3] != shares[0][3:6]
-    assert len(seeds) == len({seed for seed, *_ in seeds}) == 2 * 2 * 7 * 2
+    for seed, stage, rank in itertools.product((0, 1), "ab", (0, 1)):
+        folder = tmp_path / f"{seed}{stage}{rank}"
+        folder.mkdir()
+        args = argparse.Namespace(seed=seed, dir=folder, restart=False, rank=rank, world=2)
+        for step, _ in load(ENCODER).training_steps(stage, 20, 6, 7, {}, args):
+            seeds.add((torch.initial_seed(), seed, stage, step, rank))
+    assert len({seed for seed, *_ in seeds}) == len(seeds) == 2 * 2 * 2 * 7
 
 
 if __name__ == "__main__":
-    forks(Path(sys.argv[1]))
+    program(Path(sys.argv[1]))

@@ -1,20 +1,24 @@
 """Scores, metrics, tables and pictures for the detectors in --dir, or for anybody's scores.
 
 Paper A: the energy; beside it phi (VOS's score), msp, maxlogit, knn (Sun et al., 2022), mahalanobis
-(Lee et al., 2018), relative-mahalanobis (Ren et al., 2021). Paper B: distance, voting and their sum
+(Lee et al., 2018), relative-mahalanobis (Ren et al., 2021), and on ce gen, vim, react and fdbd.
+Paper B: distance, voting and their sum
 Score(x) = sum_{i<=k} |f(x) - f(x_d^i)|^2 + alpha sum_{i<=k} 1[I(x_v^i) = 1], with x_d near x in
 D_in, x_v in D_in and D_out at 1 : 1; and bin, its binary head. Every score is an OOD score:
 higher is more OOD; "score > threshold is OOD" reproduces fpr95.
 
 reads    classifier_*.pt, train.npy, test.npy (N, H, W, 3) uint8, OOD sets; where there: test
-         labels, sd_outliers.npy and .csv, sd_reconstructions_test.npy; with --scores files (N,)
-         alone
-writes   results.json (fractions), results.md (percent), roc.png, scores.png, tsne.png,
-         scores/<method>.<score>.<set>.npy (N,) float32 in data-set order
+         labels, outliers.npy, sd_outliers.npy and .csv, sd_outliers_test.npy,
+         sd_reconstructions_test.npy; with --scores files (N,) alone; with --aggregate results.json,
+         data.json and options of other folders alone
+writes   results.json (fractions), results.md (percent), roc.png, scores.png, tsne.png, misses.png,
+         scores/<method>.<score>.<set>.npy (N,) float32 in data-set order, scores.csv (a row per
+         image: scores, and 1 where flagged at the 95 % threshold); or aggregate.json, aggregate.md
 
 python evaluate.py                                          # digits 0-5 against 6-9 and photographs
 python evaluate.py --dir runs/cifar10 --ood-data cifar100 svhn textures
 python evaluate.py --dir runs/mine --scores id.npy ood.npy  # any detector; no model, no data set
+python evaluate.py --dir runs --aggregate runs/seed0 runs/seed1 runs/seed2 --baseline ce.energy
 """
 
 import argparse
@@ -26,17 +30,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
 import torchvision
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.manifold import TSNE
-from sklearn.metrics import average_precision_score, confusion_matrix, roc_curve
+from sklearn.metrics import RocCurveDisplay, average_precision_score, confusion_matrix
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision import datasets
@@ -72,6 +75,41 @@ def phi_score(logits, phi):
     return ood - inside
 
 
+def gen_score(logits, gamma=0.1, M=100):
+    """GEN (Liu et al., CVPR 2023): generalised entropy (N,) of the M largest probabilities."""
+    p = logits.double().softmax(1).topk(min(M, logits.shape[1])).values
+    return (p**gamma * (1 - p) ** gamma).sum(1)
+
+
+def react_score(f, D_in, g_in):
+    """ReAct (Sun et al., NeurIPS 2021): energy of f, cut off at the 90th percentile of D_in."""
+    c = float(np.quantile(D_in.cpu(), 0.9))
+    return -energy(g_in(f.clamp(max=c)))
+
+
+def vim_score(f, D_in, g_in):
+    """ViM (Wang et al., CVPR 2022): alpha |x^R| - energy, x^R the part of x - o, o = -W^+ b,
+    outside the principal subspace of D_in, of half the dimensions, at most 1,000.
+    """
+    o = -torch.linalg.pinv(g_in.weight) @ g_in.bias
+    x = D_in - o
+    rest = x.shape[1] - min(1000, x.shape[1] // 2)
+    R = torch.linalg.eigh(x.T @ x).eigenvectors[:, :rest]  # of the smallest eigenvalues
+    alpha = g_in(D_in).max(1).values.mean() / (x @ R).norm(dim=1).mean()
+    return alpha * ((f - o) @ R).norm(dim=1) - energy(g_in(f))
+
+
+def fdbd_score(f, D_in, g_in):
+    """fDBD (Liu and Qin, ICML 2024): mean distance to the other classes' decision boundaries,
+    over the distance to the mean of D_in; negative.
+    """
+    logits = g_in(f)
+    top, predicted = logits.max(1)
+    between = torch.cdist(g_in.weight, g_in.weight)[predicted]  # |w_predicted - w_c|, (N, C)
+    distance = ((top[:, None] - logits) / between).nan_to_num()  # 0 / 0 for the class itself
+    return -distance.sum(1) / (logits.shape[1] - 1) / (f - D_in.mean(0)).norm(dim=1)
+
+
 def sd_scores(f, D_in, D_out, k, alpha):
     """Paper B's score and its two sums, (N,) each, from features: f of x, D_in, D_out of outliers.
 
@@ -97,11 +135,20 @@ def mahalanobis_scores(f, D_in, labels):
     means = np.stack([D_in[index == c].mean(0) for c in range(len(classes))])
     P = EmpiricalCovariance(assume_centered=True).fit(D_in - means[index]).precision_
     P_0 = EmpiricalCovariance().fit(D_in).precision_
-    near = np.full(len(f), np.inf)
-    for mean in means:
-        near = np.minimum(near, squared_length(f - mean, P))
+    near = np.min([squared_length(f - mean, P) for mean in means], axis=0)
     background = squared_length(f - D_in.mean(0), P_0)
     return {"mahalanobis": near, "relative-mahalanobis": near - background}
+
+
+def frechet_distance(a, b):
+    """|m_a - m_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^1/2) of features (N, D) and (M, D)."""
+    a = a.cpu().double().numpy()
+    b = b.cpu().double().numpy()
+    S_a = np.cov(a.T)
+    S_b = np.cov(b.T)
+    roots = np.linalg.eigvals(S_a @ S_b).real.clip(0) ** 0.5
+    means = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    return means + S_a.trace() + S_b.trace() - 2 * roots.sum()
 
 
 def squared_length(x, P):
@@ -120,7 +167,7 @@ def auroc_fpr95(in_scores, out_scores):
 def metrics(in_scores, out_scores, resamples, seed):
     """The figures of one record; intervals: 95 % of resamples of ID (N,) and OOD (M,) scores."""
     auroc, fpr95, threshold = auroc_fpr95(in_scores, out_scores)
-    _, fpr95_ood, _ = auroc_fpr95(-out_scores, -in_scores)  # the roles exchanged
+    fpr95_ood = auroc_fpr95(-out_scores, -in_scores)[1]  # the roles exchanged
     rng = np.random.default_rng(seed)
     drawn = []
     for _ in range(resamples):
@@ -133,15 +180,22 @@ def metrics(in_scores, out_scores, resamples, seed):
     return {
         "n_id": len(in_scores),
         "n_ood": len(out_scores),
-        "auroc": float(auroc),
+        "auroc": auroc,
         "auroc_ci": auroc_ci,
-        "fpr95": float(fpr95),
+        "fpr95": fpr95,
         "fpr95_ci": fpr95_ci,
-        "fpr95_ood": float(fpr95_ood),
-        "aupr_in": float(average_precision_score(~is_ood, -scores)),
-        "aupr_out": float(average_precision_score(is_ood, scores)),
+        "fpr95_ood": fpr95_ood,
+        "aupr_in": average_precision_score(~is_ood, -scores),
+        "aupr_out": average_precision_score(is_ood, scores),
         "threshold": float(threshold),
     }
+
+
+def paired_difference(values, baseline):
+    """Mean of values - baseline over runs, and half its 95 % interval (Student's t)."""
+    d = np.subtract(values, baseline)
+    width = scipy.stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d))
+    return d.mean(), width
 
 
 class Detector(nn.Module):
@@ -176,17 +230,19 @@ def parse_args():
     sets = ["digits:6-9", "patches"]
     parser.add_argument("--ood-data", nargs="+", metavar="SET", default=sets, help=text)
     parser.add_argument("--data-root", default="data", help="folder of torchvision's data sets")
+    text = "sets of ID classes under another shift, for accuracy"
+    parser.add_argument("--shift-data", nargs="+", metavar="SET", default=[], help=text)
     text = "judge these .npy files (N,) and nothing else: ID, then OOD sets"
     parser.add_argument("--scores", nargs="+", type=Path, metavar="NPY", help=text)
-    text = "sd: weight of a vote; without it the median ID distance score / k"
-    parser.add_argument("--alpha", type=float, help=text)
+    parser.add_argument("--alpha", type=float, help="sd: weight of a vote, else as in sd_scores")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples per interval")
+    text = "mean and deviation over the results of these folders, paired differences to --baseline"
+    parser.add_argument("--aggregate", nargs="+", type=Path, metavar="DIR", help=text)
+    parser.add_argument("--baseline", default="ce.energy", help="aggregate: METHOD.SCORE")
     args = parser.parse_args()
     names = {path.name for path in args.scores or []}
-    if args.scores and len(names) < max(2, len(args.scores)):
-        parser.error("--scores takes two files or more, ID, then OOD sets, of different names")
-    if args.bootstrap < 1:
-        parser.error("--bootstrap must be at least 1")
+    if args.bootstrap < 1 or (args.scores and len(names) < max(2, len(args.scores))):
+        parser.error("--scores takes two files or more, of different names; --bootstrap 1 or more")
     return args
 
 
@@ -194,15 +250,19 @@ def main():
     args = parse_args()
     (args.dir / "scores").mkdir(parents=True, exist_ok=True)
     print("options", vars(args))
+    if args.aggregate:
+        aggregate(args)
+        return
     if args.scores:
         sets = {path.name: load_scores(path) for path in args.scores}
         id_name = args.scores[0].name
         scored = {("scores", "given"): {"id": sets.pop(id_name)} | sets}
-        facts = {"scores": {"id_accuracy": None, "seed": args.seed}}
+        facts = {"scores": {"id_accuracy": None, "seed": args.seed, "given": "-"}}
         notes = []
+        images = None
     else:
         id_name = read_description(args.dir).get("data", str(args.dir))
-        scored, facts, notes = score_detectors(args)
+        scored, facts, notes, images = score_detectors(args)
     records = []
     for (method, score), sets in tqdm(scored.items(), "bootstrap", delay=1):
         for ood in list(sets)[1:]:
@@ -215,7 +275,10 @@ def main():
     shown = {key: sets for key, sets in scored.items() if MAIN_SCORE[key[0]] == key[1]}
     save(args.dir / "roc.png", plot_roc(shown))
     save(args.dir / "scores.png", plot_scores(shown))
-    print(f"{text}\nwrote results.json, results.md, plots to {args.dir}")
+    if images:
+        save(args.dir / "misses.png", plot_misses(shown, images))
+    save(args.dir / "scores.csv", scores_table(scored))
+    print(f"{text}\nwrote results.json, results.md, scores.csv, plots to {args.dir}")
 
 
 # ---- plumbing: not the paper's method; same name, same text in every script ----
@@ -239,9 +302,11 @@ TORCHVISION = {  # data sets of torchvision, by name; split is train or test
         root, "val", True, not Path(root, "val_256").exists(), transform=fit
     ),
 }
+GENERATED = ("sd_outliers", "outliers")  # for training
 MAIN_SCORE = {  # of each method, in plots
     "frozen": "knn",
     "ce": "msp",
+    "ce-pseudo": "distance",
     "dream": "energy",
     "dream-id": "msp",
     "sd": "distance+voting",
@@ -265,9 +330,7 @@ def recipe_parser(default="digits"):
     known, _ = parser.parse_known_args()
     recipe = known.recipe or read_description(known.dir).get("recipe", default)
     parser.set_defaults(recipe=recipe)
-    device = "cpu"
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator().type
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=(device, "cpu"), default=device, help="torch device")
     parser.add_argument("--help", action="help")
     for option, (value, text, *choices) in RECIPES.items():
@@ -298,17 +361,16 @@ def save(path, content):
 
 
 def load_array(path, shape, dtype, writer):
-    """Map an .npy file and check it: None in shape is any length; labels >= 0, floats finite."""
+    """Map an .npy file of a shape (None is any length) and sound: labels >= 0, floats finite."""
     try:
         array = np.lib.format.open_memmap(path, mode="c")
-        same = [n in (None, m) for n, m in zip(shape, array.shape, strict=True)]
+        good = [n in (None, m) for n, m in zip(shape, array.shape, strict=True)]
+        good += [dtype != np.int64 or array.min() >= 0]
+        good += [dtype != np.float32 or np.isfinite(array).all()]
     except Exception:  # NumPy raises of every kind on damaged files
-        sys.exit(f"{path} is missing, damaged or not {shape}; run {writer}")
-    if array.dtype != dtype or not all(same):
-        sys.exit(f"{path} holds {array.dtype} {array.shape}, not {shape}; run {writer} again")
-    negative = dtype == np.int64 and array.min() < 0
-    if negative or (dtype == np.float32 and not np.isfinite(array).all()):
-        sys.exit(f"{path} holds negative labels, or values not finite; run {writer} again")
+        good = [False]
+    if not all(good) or array.dtype != dtype:
+        sys.exit(f"{path} is missing, damaged or no sound {np.dtype(dtype)} {shape}; run {writer}")
     return array
 
 
@@ -514,9 +576,10 @@ def decode(dataset, path, size):
 
 def write_images(path, shape, blocks):
     """Stream blocks (B, H, W, 3) of uint8 into an .npy file of that shape."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+        )
         for block in blocks:
             file.write(block.tobytes())
 
@@ -524,7 +587,7 @@ def write_images(path, shape, blocks):
 def load_scores(path):
     """Scores (N,) of any real type, as float64."""
     try:
-        scores = np.lib.format.open_memmap(path, mode="r").astype(np.float64)
+        scores = np.load(path).astype(np.float64)
     except Exception as error:  # NumPy raises of every kind on damaged files
         sys.exit(f"{path} is no .npy file of numbers ({error})")
     if scores.ndim != 1 or not scores.size or not np.isfinite(scores).all():
@@ -532,8 +595,35 @@ def load_scores(path):
     return scores
 
 
+def read_images(dataset, train, args):
+    """Images (N, H, W, 3) uint8 of a data set, at the grey levels of the training images."""
+    path = args.dir / ".partial.ood.npy"
+    decode(dataset, path, args.image_size)
+    images = load_array(path, (None, *train.shape[1:]), np.uint8, "this script")
+    path.unlink()  # the map stays
+    return match_levels(train, images)
+
+
+def load_shifted(train, args):
+    """Images (N, H, W, 3) uint8 and labels (N,) of each --shift-data, of ID classes alone."""
+    classes = read_description(args.dir).get("classes", [])
+    shifted = {}
+    for spec in args.shift_data:
+        dataset, labels, names = read_dataset(spec, "test", args)
+        y = np.array([classes.index(name) if name in classes else -1 for name in names])[labels]
+        rows = np.flatnonzero(y >= 0)
+        if not len(rows):
+            sys.exit(f"{spec} has no images of the ID classes {classes[:3]} ...; mend its names")
+        found = f"{len(np.unique(y[rows]))} of {len(classes)} ID classes"
+        images = read_images(Subset(dataset, rows), train, args)
+        shifted[f"{spec} (n = {len(rows)}, {found})"] = images, y[rows]
+    return shifted
+
+
 def load_sets(args):
-    """Images (N, H, W, 3) uint8 by name: train, id, each OOD set, what paper B generated."""
+    """Images (N, H, W, 3) uint8 by name: train, id, each OOD set, what the papers generated; and
+    load_shifted.
+    """
     writer = "train_scan_diffusion.py"
     data = read_description(args.dir)
     images = {"train": load_array(args.dir / "train.npy", (None, None, None, 3), np.uint8, writer)}
@@ -543,21 +633,18 @@ def load_sets(args):
     images["id"] = load_array(args.dir / "test.npy", shape, np.uint8, writer)
     args.image_size = shape[1]
     for spec in args.ood_data:
-        path = args.dir / ".partial.ood.npy"
         dataset, _, names = read_dataset(spec, "test", args)
-        decode(dataset, path, args.image_size)
-        images[spec] = load_array(path, shape, np.uint8, "this script again")
-        path.unlink()  # the map stays
+        images[spec] = read_images(dataset, images["train"], args)
         same = spec.partition(":")[0] == data.get("data", "").partition(":")[0]
         if same and (not names or set(names) & set(data["classes"] or names)):
             sys.exit(
                 f"{spec} overlaps with the ID data {data['data']}; name another set or classes"
             )
-    for name in ("sd_reconstructions_test", "sd_outliers"):
+    for name in ("sd_outliers_test", "sd_reconstructions_test", *GENERATED):
         path = args.dir / f"{name}.npy"
         if path.exists():
-            images[name] = load_array(path, shape, np.uint8, "sample_sd_outliers.py")
-    return images
+            images[name] = load_array(path, shape, np.uint8, "the script that samples it")
+    return images, load_shifted(images["train"], args)
 
 
 def load_detector(path, args):
@@ -571,28 +658,23 @@ def load_detector(path, args):
     return net.eval().to(args.device), config, held["labels"].numpy()
 
 
-def features_and_logits(net, images, train, config, args):
-    """f(x) (N, D) and logits by head of images (N, H, W, 3) uint8, at the grey levels of train."""
+def features_of(net, images, config, args):
+    """f(x) (N, D) of images (N, H, W, 3) uint8."""
     features = []
-    logits = []
-    starts = range(0, len(images), args.batch_size)
-    for start in tqdm(starts, "features", delay=1, leave=False):
-        rows = match_levels(train, images[start : start + args.batch_size])
-        x = plain_view(torch.from_numpy(rows).to(args.device), config)
-        f, heads = net(x)
-        features.append(f)
-        logits.append(heads)
-    heads = {name: torch.cat([part[name] for part in logits]) for name in logits[0]}
-    return torch.cat(features), heads
+    for start in tqdm(range(0, len(images), args.batch_size), "features", delay=1, leave=False):
+        rows = torch.from_numpy(images[start : start + args.batch_size])
+        features.append(net.f(plain_view(rows.to(args.device), config)))
+    return torch.cat(features)
 
 
 @torch.no_grad()
 def score_detectors(args):
-    """{(method, score): {set: (N,) float32}}, {method: facts} and notes, of all classifier_*.pt.
+    """{(method, score): {set: (N,) float32}}, {method: facts}, notes and images by set, of all
+    classifier_*.pt.
 
-    The sets are ID, the OOD sets, and generated copies of ID test images if there are any.
+    The sets are ID, the OOD sets, and what was generated from ID test images if there is any.
     """
-    images = load_sets(args)
+    images, shifted = load_sets(args)
     scored = {}
     facts = {}
     notes = []
@@ -601,45 +683,54 @@ def score_detectors(args):
         if not path.exists():
             continue
         net, config, labels = load_detector(path, args)
-        features = {}
-        logits = {}
-        for name, batch in images.items():
-            embedded = features_and_logits(net, batch, images["train"], config, args)
-            features[name], logits[name] = embedded
-        labels = labels[: len(images["train"])]
-        for score, values in method_scores(method, net, features, logits, labels, args).items():
+        features = {name: features_of(net, part, config, args) for name, part in images.items()}
+        for score, values in method_scores(net, features, config, labels, args).items():
             scored[method, score] = values
             for name, part in values.items():
                 file = re.sub(r"[^\w.,+-]+", "-", f"{method}.{score}.{name}")
                 save(args.dir / "scores" / f"{file}.npy", part)
-        accuracy = id_accuracy(logits["id"], labels, args)
-        facts[method] = {"id_accuracy": accuracy, "seed": config.seed}
-        if method == "ce" and "sd_outliers" in images:
-            notes += flip_report(logits["sd_outliers"]["g_in"], args)
+        facts[method] = {"id_accuracy": None, "seed": config.seed, "given": config.given}
+        if method == "frozen":
+            notes += frechet_report(features, config.frozen_arch)
+            continue
+        g_in = net.heads["g_in"]
+        facts[method]["id_accuracy"] = id_accuracy(g_in(features["id"]), config, args)
+        for name, (part, y) in shifted.items():
+            hits = g_in(features_of(net, part, config, args)).argmax(1).cpu().numpy() == y
+            notes.append(f"{method}: accuracy {hits.mean():.1%} on {name}")
+        if method == "ce-pseudo" and "sd_outliers" in images:
+            notes += flip_report(g_in(features["sd_outliers"]), args)
     if not scored:
         sys.exit(f"{args.dir} holds no classifier_*.pt; run train_classifier.py")
     save(args.dir / "tsne.png", plot_tsne(features, args))
-    return scored, facts, notes
+    return scored, facts, notes, images
 
 
-def method_scores(method, net, features, logits, labels, args):
-    """{score: {set: (N,) float32}} of a detector, from its features and logits by set."""
-    tested = [name for name in features if name not in ("train", "sd_outliers")]
+def method_scores(net, features, config, labels, args):
+    """{score: {set: (N,) float32}} of a detector, from its features by set."""
+    tested = [name for name in features if name not in ("train", *GENERATED)]
     f = torch.cat([features[name] for name in tested])
-    heads = {head: torch.cat([logits[name][head] for name in tested]) for head in logits["id"]}
     D_in = features["train"]
-    if method == "sd":
+    if config.method == "sd":
         if "sd_outliers" not in features:
             sys.exit(f"{args.dir} has no sd_outliers.npy for sd; run sample_sd_outliers.py")
         scores = sd_scores(f, D_in, features["sd_outliers"], args.k, args.alpha)
-        scores["bin"] = heads["g_bin"].diff()[:, 0]  # log-odds of class 1, an outlier
+        scores["bin"] = net.heads["g_bin"](f).diff()[:, 0]  # log-odds of class 1, an outlier
     else:
-        scores = {"knn": knn(F.normalize(f), F.normalize(D_in), args.knn_k)[0][:, -1]}
-        if method != "frozen":
-            scores |= logit_scores(heads["g_in"])
-        if method == "dream":
-            scores["phi"] = phi_score(heads["g_in"], net.phi)
+        scores = {"distance": knn(f, D_in, args.k)[0].square().sum(1)}  # as sd's
+        scores["knn"] = knn(F.normalize(f), F.normalize(D_in), args.knn_k)[0][:, -1]
+        if config.method != "frozen":
+            g_in = net.heads["g_in"]
+            scores |= logit_scores(g_in(f))
+        if config.method == "ce":
+            scores["gen"] = gen_score(g_in(f))
+            scores["react"] = react_score(f, D_in, g_in)
+            scores["vim"] = vim_score(f, D_in, g_in)
+            scores["fdbd"] = fdbd_score(f, D_in, g_in)
+        if config.method == "dream" and config.loss == "logistic":
+            scores["phi"] = phi_score(g_in(f), net.phi)
     scores = {score: values.cpu().numpy() for score, values in scores.items()}
+    labels = labels[: len(D_in)]  # --reconstructions have some more
     scores |= mahalanobis_scores(f.cpu().double().numpy(), D_in.cpu().double().numpy(), labels)
     ends = np.cumsum([len(features[name]) for name in tested])[:-1]
     split = {}
@@ -649,19 +740,16 @@ def method_scores(method, net, features, logits, labels, args):
     return split
 
 
-def id_accuracy(logits, labels, args):
-    """Accuracy on ID test images; Hungarian matching if the labels learnt are not the data's."""
+def id_accuracy(logits, config, args):
+    """Accuracy on ID test images; of clusters after the matching that is best (Hungarian)."""
     path = args.dir / "test.labels.npy"
-    if "g_in" not in logits or not path.exists():
+    if not path.exists():
         return None
-    y = load_array(path, (len(logits["g_in"]),), np.int64, "train_scan_diffusion.py")
-    table = confusion_matrix(y, logits["g_in"].argmax(1).cpu())
-    known = args.dir / "train.labels.npy"
-    if known.exists():
-        known = load_array(known, labels.shape, np.int64, "train_scan_diffusion.py")
-        if np.array_equal(known, labels):
-            return table.trace() / table.sum()
-    return table[linear_sum_assignment(table, maximize=True)].sum() / table.sum()
+    y = load_array(path, (len(logits),), np.int64, "train_scan_diffusion.py")
+    table = confusion_matrix(y, logits.argmax(1).cpu())
+    if not config.given.startswith("labels"):
+        table = table[:, scipy.optimize.linear_sum_assignment(table, maximize=True)[1]]
+    return table.trace() / table.sum()
 
 
 def read_outlier_labels(args):
@@ -674,22 +762,89 @@ def read_outlier_labels(args):
 
 
 def flip_report(logits, args):
-    """What the ce classifier takes SD outliers for: y, c_r, another class, or none surely."""
+    """What ce-pseudo takes SD outliers for: y, c_r, another class, or none surely."""
     y, c_r = read_outlier_labels(args)
-    if logits.shape[1] != max(y.max(), c_r.max()) + 1:  # clusters that are no classes
-        return []
     confidence, label = logits.softmax(1).cpu().max(1)
     doubt = confidence.numpy() < 0.5
     label = label.numpy()
     seen = np.select([doubt, label == y, label == c_r], ["unsure", "y", "c_r"], "other")
     shares = [f"{kind} {(seen == kind).mean():.1%}" for kind in ("y", "c_r", "other", "unsure")]
-    return [f"ce takes SD outliers for {', '.join(shares)}"]
+    return [f"ce-pseudo takes SD outliers for {', '.join(shares)}"]
+
+
+def frechet_report(features, network):
+    """Fréchet distance of generated to ID training images, and between halves of the latter, which
+    is larger than that of two sets of their whole number.
+    """
+    train = features["train"]
+    note = f"Fréchet distance in features of {network}, to the training images:"
+    for name in GENERATED:
+        if name in features:
+            note += f" {name} {frechet_distance(features[name], train):.3f},"
+    return [f"{note} between halves {frechet_distance(train[::2], train[1::2]):.3f}"]
+
+
+def scores_table(scored):
+    """CSV text: image, set, every score, and 1 where it is above the threshold of 95 % of ID."""
+    columns = [f"{method} {score},{method} {score} flagged" for method, score in scored]
+    text = ",".join(["image", "set", *columns]) + "\n"
+    for name in next(iter(scored.values())):
+        columns = []
+        for sets in scored.values():
+            threshold = auroc_fpr95(sets["id"], sets["id"])[2]
+            columns += [sets[name], sets[name] > threshold]
+        for i, row in enumerate(np.stack(columns, 1)):
+            text += f'{i},"{name}",' + ",".join(f"{value:.7g}" for value in row) + "\n"
+    return text
+
+
+def aggregate(args):
+    """Mean ± std over runs of the same data and options, and paired differences to --baseline."""
+    groups = {}
+    first = {}
+    for folder in args.aggregate:
+        options = read_description(folder)
+        for path in folder.glob("classifier_*.pt"):
+            config = load_weights(path, "cpu", "train it again")["config"] | {
+                "seed": 0,
+                "inputs": 0,
+            }
+            options |= {f"{path.stem} {name}": value for name, value in config.items()}
+        first = first or options
+        other = [key for key in first | options if options.get(key) != first.get(key)]
+        path = folder / "results.json"
+        if other or not path.exists():
+            sys.exit(f"{path} is missing or differs from the first in: {', '.join(other)}")
+        for row in json.loads(path.read_text()):
+            groups.setdefault((row["ood"], row["method"], row["score"]), []).append(row)
+    records = []
+    head = f"ID against | method | score | AUROC | - {args.baseline} | FPR95 | - {args.baseline}"
+    text = f"| {head} |\n{'|---' * 7}|\n"
+    for (ood, method, score), rows in groups.items():
+        base = groups.get((ood, *args.baseline.split(".")), [])
+        if not len(rows) == len(base) == len(args.aggregate) > 1:
+            sys.exit(f"{method}.{score} or {args.baseline} is not in each of two runs or more")
+        record = {"method": method, "score": score, "ood": ood}
+        text += f"| {ood} | {method} | {score} |"
+        for figure in ("auroc", "fpr95"):
+            values = [row[figure] for row in rows]
+            difference, width = paired_difference(values, [row[figure] for row in base])
+            mean = np.mean(values)
+            std = np.std(values, ddof=1)
+            text += f" {mean:.1%} ± {std:.1%} | {difference:+.1%} ± {width:.1%} |"
+            record |= {figure: mean, f"{figure}_std": std}
+            record |= {f"{figure}_difference": difference, f"{figure}_width": width}
+        records.append(record)
+        text += "\n"
+    save(args.dir / "aggregate.json", json.dumps(records, indent=1) + "\n")
+    save(args.dir / "aggregate.md", text)
+    print(text)
 
 
 def results_table(records):
     """Markdown, in percent, a table per OOD set."""
     head = (
-        "| method | score | AUROC | FPR95 | FPR95-OOD | AUPR-in | AUPR-out | ID accuracy | seed |"
+        "| method | given | score | AUROC | FPR95 | FPR95-OOD | AUPR-in | AUPR-out | ID accuracy |"
     )
     text = (
         "# Results in percent\n\n95 % intervals. FPR95: OOD taken for ID; FPR95-OOD: ID for OOD.\n"
@@ -699,13 +854,13 @@ def results_table(records):
         counts = f"(n = {rows[0]['n_id']}) against {ood} (n = {rows[0]['n_ood']})"
         text += f"\n## {rows[0]['id']} {counts}\n\n{head}\n{'|---' * 9}|\n"
         for r in rows:
-            cells = [r["method"], r["score"]]
+            cells = [r["method"], r["given"], r["score"]]
             for figure in ("auroc", "fpr95"):
                 low, high = r[f"{figure}_ci"]
                 cells.append(f"{r[figure]:.1%} [{low:.1%}, {high:.1%}]")
             for figure in ("fpr95_ood", "aupr_in", "aupr_out", "id_accuracy"):
                 cells.append("-" if r[figure] is None else f"{r[figure]:.1%}")
-            text += f"| {' | '.join(cells)} | {r['seed']} |\n"
+            text += f"| {' | '.join(cells)} |\n"
     return text + "\n"
 
 
@@ -717,10 +872,8 @@ def plot_roc(shown):
         for key, sets in shown.items():
             scores = np.concatenate([sets["id"], sets[name]])
             is_ood = np.arange(len(scores)) >= len(sets["id"])
-            x, y, _ = roc_curve(is_ood, scores)
-            axis.plot(x, y, label=", ".join(key))
+            RocCurveDisplay.from_predictions(is_ood, scores, ax=axis, name=", ".join(key))
         axis.set(title=name, xlabel="ID taken for OOD", ylabel="OOD found")
-        axis.legend()
     return figure
 
 
@@ -731,17 +884,29 @@ def plot_scores(shown):
     for axis, (key, sets) in zip(axes, shown.items(), strict=True):
         low, high = np.percentile(np.concatenate(list(sets.values())), [0.5, 99.5])
         for name, values in sets.items():
-            weights = np.full(len(values), 1 / len(values))
             values = values.clip(low, high)  # tails go into the outer bins
             kind = "stepfilled" if name == "id" else "step"
-            axis.hist(values, 40, range=(low, high), weights=weights, histtype=kind, label=name)
-        axis.set(title=", ".join(key), xlabel="score (higher: more OOD)", ylabel="share of images")
+            axis.hist(values, 40, range=(low, high), density=True, histtype=kind, label=name)
+        axis.set(title=", ".join(key), xlabel="score (higher: more OOD)", ylabel="density")
         axis.legend()
     return figure
 
 
+def plot_misses(shown, images):
+    """Of every set but the ID images the ten that a detector takes for ID most surely."""
+    rows = [(key, name) for key, sets in shown.items() for name in list(sets)[1:]]
+    figure = Figure((10, 1.3 * len(rows)))
+    for line, (key, name) in zip(figure.subplots(len(rows), 10, squeeze=False), rows, strict=True):
+        line[0].set_title(f"{', '.join(key)}: {name}", loc="left")
+        for axis, i in zip(line, shown[key][name].argsort(), strict=False):
+            axis.imshow(images[name][i])
+        for axis in line:
+            axis.axis("off")
+    return figure
+
+
 def plot_tsne(features, args):
-    """t-SNE of up to 300 features of each set: ID blue, OOD red, SD outliers a colour per y."""
+    """t-SNE of up to 300 features of each set; SD outliers are crosses, coloured by y."""
     thinned = {}
     for name, f in features.items():
         if name != "train":
@@ -750,13 +915,12 @@ def plot_tsne(features, args):
     places = TSNE(init="random", random_state=args.seed).fit_transform(points)
     figure = Figure((6, 5), dpi=150, layout="constrained")
     axis = figure.subplots()
-    colours = {"id": "C0", "sd_reconstructions_test": "C9"}
+    styles = {}
     if "sd_outliers" in features:
         y, _ = read_outlier_labels(args)
-        colours["sd_outliers"] = colormaps["tab20"](y[:: len(y) // 300 + 1] % 20)
-    for (name, f), marker in zip(thinned.items(), "os^Dv<>P*X" * 9, strict=False):
-        colour = colours.get(name, "C3")
-        axis.scatter(*places[: len(f)].T, s=9, c=colour, marker=marker, label=name)
+        styles["sd_outliers"] = {"c": y[:: len(y) // 300 + 1], "cmap": "turbo", "marker": "x"}
+    for name, f in thinned.items():
+        axis.scatter(*places[: len(f)].T, s=9, label=name, **styles.get(name, {}))
         places = places[len(f) :]
     axis.legend()
     return figure
@@ -764,3 +928,18 @@ def plot_tsne(features, args):
 
 if __name__ == "__main__":
     main()
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6.0",
+#     "torchvision>=0.21.0",
+#     "transformers>=4.50.0",
+#     "numpy>=1.26.4",
+#     "scikit-learn>=1.5.2",
+#     "scipy>=1.11.4",
+#     "pillow>=10.4.0",
+#     "matplotlib>=3.8.4",
+#     "tqdm>=4.66.5",
+# ]
+# ///

@@ -9,18 +9,21 @@ draws closer and keeps the candidates nearest to the ID data instead.
 
 The released code scores candidates in one order and picks them in another, so that its choice does
 not depend on the score, and shares one draw of noise among all boundary points. Here the pick is
-right and noise independent; --selection official repeats the released behaviour. Killed at any
-time, the same command goes on and ends with the same bytes; under torchrun the processes share
-the work.
+right and noise independent; --selection official repeats the released behaviour. --selection
+boundary (ours, after BOOD's description) walks from ID embeddings across the nearest decision
+boundary; --source noise, interpolate and anchor are paper A's alternatives without ID embeddings.
+
+Killed at any time, the same command goes on and ends with the same bytes; under torchrun the
+processes share the work.
 
 reads    anchors.npy (C, d), id_embeddings.npy (N, d), id_labels.npy (N,), train.npy (N, H, W, 3);
          diffusion/, or Stable Diffusion and class_words.txt
 writes   outliers.npy (M, H, W, 3) uint8, outlier_embeddings.npy (M, d) float32, outlier_labels.npy
          (M,) int64, outliers.csv (index, class, source, d_K, cosine, seed), outliers.json
-         (options), outliers.png (a row per class: sources, and right of each an outlier of it);
-         with --inliers all names say inlier(s)
+         (options), outliers.png (a row per class: sources, and right of each an outlier of it),
+         outlier_embeddings.png (ID dots, outlier crosses); with --inliers all names say inlier(s)
 
-python sample_outliers.py                       # digits 0-5: 900 outliers, seconds on two cores
+python sample_outliers.py                       # digits 0-5: 2,700 outliers, half a minute
 python sample_outliers.py --dir runs/cifar100 --diffusion CompVis/stable-diffusion-v1-4  # 100,000
 torchrun --nproc_per_node 8 sample_outliers.py --dir runs/cifar100 --diffusion FOLDER
 """
@@ -52,7 +55,10 @@ RECIPES = {
     "seed": (0, "seed of every random number"),
     "diffusion": ("", "Stable Diffusion, hub id or folder; '' for diffusion/ of --dir"),
     "prompt": ("A high-quality image of the {class}", "Stable Diffusion: prompt"),
-    "selection": ("knn", "candidates kept: by d_K, as released, any", "knn", "official", "random"),
+    "source": ("latent", "embeddings: sampled in low-likelihood regions, or from the anchors by",
+        "latent", "noise", "interpolate", "anchor"),
+    "selection": ("knn", "candidates kept: by d_K, as released, any; or boundary crossings",
+        "knn", "official", "random", "boundary"),
     "K": ((40, 300, 300, 300), "d_K is the distance to the K-th neighbour, itself counted"),
     "boundary": ((30, 50, 50, 200), "size of the boundary set, per class"),
     "draw": ((30, 50, 50, 50), "boundary points drawn per round"),
@@ -60,7 +66,10 @@ RECIPES = {
     "keep": (2, "candidates kept per boundary point and round"),
     "sigma": ((0.07, 0.07, 0.07, 0.03), "std of the noise if d were 768: times sqrt(768 / d)"),
     "inlier_sigma": (0.01, "the same with --inliers"),
-    "per_class": ((150, 1000, 1000, 1000), "images per class"),
+    "ascent": (0.02, "selection boundary: length of a step on the unit sphere"),
+    "beyond": (5, "selection boundary: steps after the prediction has flipped"),
+    "t": (0.1, "selection boundary: temperature of the cosine logits"),
+    "per_class": ((450, 1000, 1000, 1000), "images per class"),
     "guidance": ((2.0, 2.0, 7.5, 7.5), "classifier-free guidance scale s = 1 + w; 1 is none"),
     "scheduler": (("dpmpp", "dpmpp", "pndm", "pndm"), "solver", "pndm", "dpmpp", "ddim"),
     "steps": ((20, 20, 50, 50), "steps of the solver; 20 do for dpmpp"),
@@ -117,6 +126,58 @@ def sample_embeddings(z, count, sigma, args):
         picked = (v, source[:, None].expand_as(index), kept, percentile)
         rounds.append([part.flatten(0, 1) for part in picked])
     return [torch.cat(parts)[:count] for parts in zip(*rounds, strict=True)]
+
+
+def cross_boundary(z, c, anchors, args):
+    """Gradient ascent on the loss of the cosine classifier, a little beyond its decision boundary.
+
+    Ours, after the description of BOOD (ICML 2025), whose constants are not public. z (n, d): unit
+    embeddings of class c; anchors (C, d): unit. Returns v (per_class, d), the --boundary of them
+    that need the fewest steps until the prediction flips, in turn, after --beyond steps more; and
+    source (per_class,): their rows in z.
+    """
+    since_flip = torch.zeros(len(z), device=z.device)  # steps; large: flipped early
+    v = z
+    for _ in range(int(4 / args.ascent) + args.beyond):  # more than halfway round
+        p = (v @ anchors.T / args.t).softmax(1)
+        since_flip = since_flip + ((since_flip > 0) | (p.argmax(1) != c))
+        gradient = p @ anchors - anchors[c]  # of -t log p_c
+        moved = F.normalize(v + args.ascent * F.normalize(gradient))
+        v = torch.where((since_flip <= args.beyond)[:, None], moved, v)
+    first = (-since_flip).argsort(stable=True)[: args.boundary]
+    source = first[torch.arange(args.per_class) % len(first)]
+    return v[source], source
+
+
+def from_anchors(c, anchors, sigma, args):
+    """Paper A's alternatives to latent sampling: unit embeddings (per_class, d) around an anchor.
+
+    noise: normalise(gamma_c + sigma eps). interpolate: halfway to another class's anchor. anchor:
+    gamma_c as it is. anchors (C, d): unit.
+    """
+    v = anchors[c].expand(args.per_class, -1)
+    if args.source == "noise":
+        v = v + sigma * torch.randn_like(v)
+    if args.source == "interpolate":
+        other = torch.randint(1, len(anchors), (len(v),), device=v.device)
+        v = v + anchors[(c + other) % len(anchors)]
+    return F.normalize(v)
+
+
+def class_embeddings(c, z, anchors, sigma, args):
+    """What sample_embeddings returns, by --source and --selection; no percentile where no choice.
+
+    Without ID embeddings as sources, these are the nearest ones.
+    """
+    if args.source != "latent":
+        v = from_anchors(c, anchors, sigma, args)
+        source = (v @ z.T).argmax(1)
+    elif args.selection == "boundary":
+        v, source = cross_boundary(z, c, anchors, args)
+    else:
+        return sample_embeddings(z, args.per_class, sigma, args)
+    d_K = knn(v, z, args.K)[0][:, -1]
+    return v, source, d_K, torch.full_like(d_K, torch.nan)
 
 
 def guided_noise(unet, x_t, t, c, null, w):
@@ -190,6 +251,8 @@ def parse_args():
     args = parser.parse_args()
     if args.keep > args.candidates or args.draw > args.boundary or args.guidance < 1:
         parser.error("--keep <= --candidates, --draw <= --boundary, --guidance >= 1")
+    if args.inliers and (args.source != "latent" or args.selection in ("official", "boundary")):
+        parser.error("--inliers goes with --source latent and --selection knn or random alone")
     return args
 
 
@@ -200,7 +263,7 @@ def main():
     Gamma, z, labels, train = load_inputs(args)
     decode = text_decoder(Gamma, args) if args.diffusion else class_decoder(Gamma, args)
     v, lines = sample_all(Gamma, z, labels, args)
-    args.inputs = fingerprint(Gamma, z, labels, v)
+    args.inputs = fingerprint(Gamma, z, labels)
     classes = torch.arange(len(Gamma)).repeat_interleave(args.per_class)
     side = train.shape[1]
 
@@ -218,10 +281,11 @@ def main():
         save(args.dir / f"{name}s.csv", f"index,class,source,d_K,cosine,seed\n{table}")
         images = np.load(args.dir / f"{name}s.npy", mmap_mode="r")
         sources = np.array([int(line.split(",")[1]) for line in lines])
-        sheet = pair_sheet(images, train, sources, classes.numpy(), classes.numpy())
+        classes = classes.numpy()
+        sheet = pair_sheet(images, train, sources, classes, classes)
         save(args.dir / f"{name}s.png", sheet)
-    print(f"wrote {name}s.npy, .csv, .json and the contact sheet {name}s.png to {args.dir}")
-    print(f"next: python train_classifier.py --dir {args.dir}, or first sample_sd_outliers.py")
+        save(args.dir / f"{name}_embeddings.png", plot_embeddings(z, labels, v, classes))
+    print(f"wrote {name}s.npy, .csv, .json, .png to {args.dir}; next: train_classifier.py")
 
 
 # ---- plumbing: not the paper's method; same name, same text in every script ----
@@ -251,9 +315,7 @@ def recipe_parser(default="digits"):
     known, _ = parser.parse_known_args()
     recipe = known.recipe or read_description(known.dir).get("recipe", default)
     parser.set_defaults(recipe=recipe)
-    device = "cpu"
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator().type
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=(device, "cpu"), default=device, help="torch device")
     parser.add_argument("--help", action="help")
     for option, (value, text, *choices) in RECIPES.items():
@@ -308,17 +370,16 @@ def save(path, content):
 
 
 def load_array(path, shape, dtype, writer):
-    """Map an .npy file and check it: None in shape is any length; labels >= 0, floats finite."""
+    """Map an .npy file of a shape (None is any length) and sound: labels >= 0, floats finite."""
     try:
         array = np.lib.format.open_memmap(path, mode="c")
-        same = [n in (None, m) for n, m in zip(shape, array.shape, strict=True)]
+        good = [n in (None, m) for n, m in zip(shape, array.shape, strict=True)]
+        good += [dtype != np.int64 or array.min() >= 0]
+        good += [dtype != np.float32 or np.isfinite(array).all()]
     except Exception:  # NumPy raises of every kind on damaged files
-        sys.exit(f"{path} is missing, damaged or not {shape}; run {writer}")
-    if array.dtype != dtype or not all(same):
-        sys.exit(f"{path} holds {array.dtype} {array.shape}, not {shape}; run {writer} again")
-    negative = dtype == np.int64 and array.min() < 0
-    if negative or (dtype == np.float32 and not np.isfinite(array).all()):
-        sys.exit(f"{path} holds negative labels, or values not finite; run {writer} again")
+        good = [False]
+    if not all(good) or array.dtype != dtype:
+        sys.exit(f"{path} is missing, damaged or no sound {np.dtype(dtype)} {shape}; run {writer}")
     return array
 
 
@@ -330,8 +391,7 @@ def read_description(folder):
 
 def fingerprint(*arrays):
     """Checksums of at most 1,000 rows of each array: tell when a run would go on with others."""
-    samples = [np.ascontiguousarray(array[:: len(array) // 1000 + 1]) for array in arrays]
-    return [zlib.crc32(sample) for sample in samples]
+    return [zlib.crc32(np.ascontiguousarray(x[:: len(x) // 1000 + 1])) for x in arrays]
 
 
 def seed_of(*key):
@@ -350,9 +410,8 @@ def knn(queries, bank, k):
 
 def autocast(args):
     """bfloat16 on GPUs that have it (Ampere and later), float32 elsewhere or with --fp32."""
-    cuda = args.device == "cuda" and not args.fp32
-    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(args.device, torch.bfloat16, enabled=native)
+    native = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(args.device, torch.bfloat16, enabled=native and not args.fp32)
 
 
 def to_uint8(x):
@@ -489,8 +548,7 @@ def sample_all(Gamma, z, labels, args):
     summary.
     """
     sigma = (args.inlier_sigma if args.inliers else args.sigma) * math.sqrt(768 / z.shape[1])
-    expected = 1 / math.sqrt(1 + z.shape[1] * sigma**2)
-    print(f"sigma = {sigma:.4f} at d = {z.shape[1]}: cosine of candidate and point {expected:.2f}")
+    anchors = F.normalize(torch.from_numpy(Gamma).to(args.device))
     embeddings = []
     rows = []
     percentiles = []
@@ -498,7 +556,7 @@ def sample_all(Gamma, z, labels, args):
         torch.manual_seed(seed_of(args.seed, "embeddings", c))
         members = np.flatnonzero(labels == c)
         z_c = F.normalize(torch.from_numpy(z[members]).to(args.device), dim=1)
-        v, source, d_K, percentile = sample_embeddings(z_c, args.per_class, sigma, args)
+        v, source, d_K, percentile = class_embeddings(c, z_c, anchors, sigma, args)
         cosine = (v * z_c[source]).sum(1)
         percentiles.append(percentile.mean().item())
         for s, d, cos in zip(source.tolist(), d_K.tolist(), cosine.tolist(), strict=True):
@@ -508,45 +566,57 @@ def sample_all(Gamma, z, labels, args):
     return torch.cat(embeddings), rows
 
 
+def plot_embeddings(z, labels, v, classes):
+    """ID embeddings z (dots) and new ones v (crosses), of equal norm, in z's principal plane."""
+    points = F.normalize(torch.from_numpy(z))
+    plane = torch.pca_lowrank(points)[2][:, :2]
+    figure = Figure((6, 5))
+    axis = figure.subplots()
+    axis.scatter(*(points @ plane).T, s=4, c=labels)
+    axis.scatter(*(F.normalize(v) @ plane).T, s=9, c=classes, marker="x")
+    return figure
+
+
 def run_job(name, shape, make, args):
-    """<name>.npy of all make(rows), by blocks in .partial.<name>/, dealt out to the processes."""
-    job = args.dir / f".partial.{name}"
-    complete = args.dir / f"{name}.json"
+    """<name>.npy of all make(rows), by blocks in a folder of these options, dealt out to the
+    processes.
+    """
     options = json.dumps(plain_options(args) | {"batch_size": None}, indent=1)
+    job = args.dir / f".partial.{name}.{seed_of(options)}"
+    complete = args.dir / f"{name}.json"
     finished = args.dir / f"{name}.npy"
     same = finished.exists() and complete.exists() and complete.read_text() == options
     if same and not args.restart:
         print(f"{finished} is complete for these options; --restart makes it again")
         return
-    if args.rank == 0:
-        if args.restart:
-            shutil.rmtree(job, ignore_errors=True)
-        job.mkdir(exist_ok=True)
-        begun = job / "options.json"
-        if begun.exists() and begun.read_text() != options:
-            sys.exit(f"{begun} lists other options; give those, or --restart to drop that work")
-        save(begun, options)
+    if args.restart and args.rank == 0:
+        shutil.rmtree(job, ignore_errors=True)
     barrier()
+    job.mkdir(exist_ok=True)
     blocks = torch.arange(shape[0]).split(BLOCK)
     paths = [job / f"{rows[0]}.npy" for rows in blocks]
     for i in tqdm(range(args.rank, len(blocks), args.world), name, disable=args.rank > 0):
         if not paths[i].exists():
-            images = [make(rows.tolist()) for rows in blocks[i].split(args.batch_size)]
-            save(paths[i], np.concatenate(images))
+            save(
+                paths[i],
+                np.concatenate([make(rows.tolist()) for rows in blocks[i].split(args.batch_size)]),
+            )
     barrier()
     if args.rank == 0:
         write_images(job / "images", shape, map(np.load, paths))
         complete.unlink(missing_ok=True)
         os.replace(job / "images", finished)
         save(complete, options)
-        shutil.rmtree(job)
+        for path in args.dir.glob(f".partial.{name}.*"):
+            shutil.rmtree(path)
 
 
 def write_images(path, shape, blocks):
     """Stream blocks (B, H, W, 3) of uint8 into an .npy file of that shape."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+        )
         for block in blocks:
             file.write(block.tobytes())
 
@@ -572,3 +642,15 @@ def pair_sheet(images, sources, rows, labels, captions):
 
 if __name__ == "__main__":
     main()
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6.0",
+#     "diffusers>=0.33.1",
+#     "transformers>=4.50.0",
+#     "numpy>=1.26.4",
+#     "matplotlib>=3.8.4",
+#     "tqdm>=4.66.5",
+# ]
+# ///

@@ -203,9 +203,7 @@ def recipe_parser(default="digits"):
     known, _ = parser.parse_known_args()
     recipe = known.recipe or read_description(known.dir).get("recipe", default)
     parser.set_defaults(recipe=recipe)
-    device = "cpu"
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator().type
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=(device, "cpu"), default=device, help="torch device")
     parser.add_argument("--help", action="help")
     for option, (value, text, *choices) in RECIPES.items():
@@ -260,17 +258,16 @@ def save(path, content):
 
 
 def load_array(path, shape, dtype, writer):
-    """Map an .npy file and check it: None in shape is any length; labels >= 0, floats finite."""
+    """Map an .npy file of a shape (None is any length) and sound: labels >= 0, floats finite."""
     try:
         array = np.lib.format.open_memmap(path, mode="c")
-        same = [n in (None, m) for n, m in zip(shape, array.shape, strict=True)]
+        good = [n in (None, m) for n, m in zip(shape, array.shape, strict=True)]
+        good += [dtype != np.int64 or array.min() >= 0]
+        good += [dtype != np.float32 or np.isfinite(array).all()]
     except Exception:  # NumPy raises of every kind on damaged files
-        sys.exit(f"{path} is missing, damaged or not {shape}; run {writer}")
-    if array.dtype != dtype or not all(same):
-        sys.exit(f"{path} holds {array.dtype} {array.shape}, not {shape}; run {writer} again")
-    negative = dtype == np.int64 and array.min() < 0
-    if negative or (dtype == np.float32 and not np.isfinite(array).all()):
-        sys.exit(f"{path} holds negative labels, or values not finite; run {writer} again")
+        good = [False]
+    if not all(good) or array.dtype != dtype:
+        sys.exit(f"{path} is missing, damaged or no sound {np.dtype(dtype)} {shape}; run {writer}")
     return array
 
 
@@ -282,8 +279,7 @@ def read_description(folder):
 
 def fingerprint(*arrays):
     """Checksums of at most 1,000 rows of each array: tell when a run would go on with others."""
-    samples = [np.ascontiguousarray(array[:: len(array) // 1000 + 1]) for array in arrays]
-    return [zlib.crc32(sample) for sample in samples]
+    return [zlib.crc32(np.ascontiguousarray(x[:: len(x) // 1000 + 1])) for x in arrays]
 
 
 def seed_of(*key):
@@ -293,9 +289,8 @@ def seed_of(*key):
 
 def autocast(args):
     """bfloat16 on GPUs that have it (Ampere and later), float32 elsewhere or with --fp32."""
-    cuda = args.device == "cuda" and not args.fp32
-    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(args.device, torch.bfloat16, enabled=native)
+    native = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(args.device, torch.bfloat16, enabled=native and not args.fp32)
 
 
 def to_float(images):
@@ -403,44 +398,45 @@ def load_sources(classes, args):
 
 
 def run_job(name, shape, make, args):
-    """<name>.npy of all make(rows), by blocks in .partial.<name>/, dealt out to the processes."""
-    job = args.dir / f".partial.{name}"
-    complete = args.dir / f"{name}.json"
+    """<name>.npy of all make(rows), by blocks in a folder of these options, dealt out to the
+    processes.
+    """
     options = json.dumps(plain_options(args) | {"batch_size": None}, indent=1)
+    job = args.dir / f".partial.{name}.{seed_of(options)}"
+    complete = args.dir / f"{name}.json"
     finished = args.dir / f"{name}.npy"
     same = finished.exists() and complete.exists() and complete.read_text() == options
     if same and not args.restart:
         print(f"{finished} is complete for these options; --restart makes it again")
         return
-    if args.rank == 0:
-        if args.restart:
-            shutil.rmtree(job, ignore_errors=True)
-        job.mkdir(exist_ok=True)
-        begun = job / "options.json"
-        if begun.exists() and begun.read_text() != options:
-            sys.exit(f"{begun} lists other options; give those, or --restart to drop that work")
-        save(begun, options)
+    if args.restart and args.rank == 0:
+        shutil.rmtree(job, ignore_errors=True)
     barrier()
+    job.mkdir(exist_ok=True)
     blocks = torch.arange(shape[0]).split(BLOCK)
     paths = [job / f"{rows[0]}.npy" for rows in blocks]
     for i in tqdm(range(args.rank, len(blocks), args.world), name, disable=args.rank > 0):
         if not paths[i].exists():
-            images = [make(rows.tolist()) for rows in blocks[i].split(args.batch_size)]
-            save(paths[i], np.concatenate(images))
+            save(
+                paths[i],
+                np.concatenate([make(rows.tolist()) for rows in blocks[i].split(args.batch_size)]),
+            )
     barrier()
     if args.rank == 0:
         write_images(job / "images", shape, map(np.load, paths))
         complete.unlink(missing_ok=True)
         os.replace(job / "images", finished)
         save(complete, options)
-        shutil.rmtree(job)
+        for path in args.dir.glob(f".partial.{name}.*"):
+            shutil.rmtree(path)
 
 
 def write_images(path, shape, blocks):
     """Stream blocks (B, H, W, 3) of uint8 into an .npy file of that shape."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+        )
         for block in blocks:
             file.write(block.tobytes())
 
@@ -466,3 +462,15 @@ def pair_sheet(images, sources, rows, labels, captions):
 
 if __name__ == "__main__":
     main()
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6.0",
+#     "diffusers>=0.33.1",
+#     "transformers>=4.50.0",
+#     "numpy>=1.26.4",
+#     "matplotlib>=3.8.4",
+#     "tqdm>=4.66.5",
+# ]
+# ///

@@ -1,8 +1,10 @@
 """The detectors of both papers, DREAM-OOD, DREAM-ID and SD outliers, and their baselines.
 
-ce        CE on ID images: the baseline.
+ce        CE on ID images: the baseline of paper A.
+ce-pseudo CE on ID images and pseudo-labels, trained like sd: the baseline of paper B.
 dream     Paper A: CE(g_in(f(x)), y) + beta CE(phi(E(x)), 1[x is ID]), E the negative free energy;
-          ID images and imagined outliers share each batch, from the first step.
+          ID images and imagined outliers share each batch, from the first step. --filter (ours)
+          drops outliers that ce takes for ID; --loss oe is Outlier Exposure's.
 dream-id  Paper A: CE on ID images and imagined inliers.
 sd        Paper B: CE(g_bin, I) + (1 - I) CE(g_in, y) + I lam CE(g_out, y), I = 1 for an outlier,
           y its pseudo-label.
@@ -10,11 +12,12 @@ frozen    A network as it is: SimCLR's of scan.pt, or a vision transformer (vit:
           folder).
 
 reads    train.npy (N, H, W, 3) uint8; train.labels.npy, or without it pseudo_labels.npy (ce, dream,
-         frozen); outliers.npy (dream); inliers.npy, inlier_labels.npy, id_labels.npy (dream-id);
-         sd_outliers.npy and .csv (sd), sd_reconstructions.npy (sd with --reconstructions);
-         scan.pt (frozen)
-writes   classifier_{ce,dream,dream-id,sd,frozen}.pt: weights of f, heads and phi, and what
-         rebuilds them
+         frozen), which ce-pseudo always reads; outliers.npy, outlier_labels.npy (dream),
+         classifier_ce.pt (dream with --filter or --init ce); inliers.npy, inlier_labels.npy,
+         id_labels.npy (dream-id); sd_outliers.npy and .csv (sd), sd_reconstructions.npy (sd with
+         --reconstructions); scan.pt (frozen)
+writes   classifier_{ce,ce-pseudo,dream,dream-id,sd,frozen}.pt: weights of f, heads and phi, and
+         what rebuilds them; filter.png (a row per class: six kept outliers, six dropped ones)
 
 python train_classifier.py                                  # every method whose inputs are in --dir
 python train_classifier.py --dir runs/cifar10 --method sd   # ViT-B/16
@@ -36,6 +39,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from diffusers.optimization import get_scheduler
+from matplotlib.figure import Figure
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
@@ -56,8 +60,14 @@ RECIPES = {
     "lr": (0.1, "learning rate of SGD"),
     "weight_decay": (5e-4, "weight decay"),
     "momentum": (0.9, "Nesterov momentum"),
+    "optimizer": ("sgd", "optimizer; adamw takes no momentum", "sgd", "adamw"),
     "schedule": ("cosine", "course of the learning rate", "cosine", "constant"),
+    "loss": ("logistic", "dream: loss of the outliers; oe wants --beta 0.5", "logistic", "oe"),
     "beta": ((1.0, 2.5, 2.5, 1.0), "dream: weight of the energy regularisation"),
+    "outliers": (0, "dream: outliers drawn at random, before --filter, 0 for all"),
+    "filter": (("knn", "none", "none", "none"), "dream: drop those that ce takes for ID, by",
+        "none", "knn", "energy"),
+    "filter_k": ((10, 50, 50, 50), "dream: neighbour that --filter knn asks"),
     "phi_hidden": ((0, 0, 0, 512), "dream: width of phi's hidden layer, 0 for a linear phi"),
     "init": (("random", "random", "random", "ce"), "dream: start from", "random", "ce"),
     "dream_epochs": ((40, 200, 200, 20), "dream: epochs"),
@@ -72,6 +82,8 @@ RECIPES = {
     "sd_lr": ((0.1, 4e-4, 4e-4, 4e-4), "sd: learning rate"),
     "sd_weight_decay": ((5e-4, 5e-5, 5e-5, 5e-5), "sd: weight decay"),
     "sd_momentum": ((0.9, 0.0, 0.0, 0.0), "sd: Nesterov momentum"),
+    "sd_optimizer": ("sgd", "sd: optimizer; as ours, faster: adamw, 2e-5, 128, 3 epochs, cosine",
+        "sgd", "adamw"),
     "sd_schedule": (("cosine", "constant", "constant", "constant"), "sd: its course"),
     "frozen_arch": ("pretext", "frozen: pretext or backbone of scan.pt, or vit:ID"),
     "crop": ((0, 0, 0, 224), "views: px, 0 for whole images"),
@@ -93,6 +105,63 @@ def dream_loss(logits, labels, is_id, phi, beta):
     classification = F.cross_entropy(logits[is_id], labels[is_id])
     regularisation = F.cross_entropy(phi(energy(logits)[:, None]), is_id.long())  # 1: ID, 0: OOD
     return classification + beta * regularisation
+
+
+def oe_loss(logits, labels, is_id, beta):
+    """Outlier Exposure (Hendrycks et al., ICLR 2019): CE, and on outliers CE with uniform p."""
+    z = logits[~is_id]
+    uniform = (torch.logsumexp(z, dim=1) - z.mean(dim=1)).mean()
+    return F.cross_entropy(logits[is_id], labels[is_id]) + beta * uniform
+
+
+def looks_id(images, outliers, args):
+    """True (M,) for outliers that ce takes for ID, at the threshold that takes 95 % of `images`.
+
+    Ours. knn: d_K of paper A once more, now of the decoded image, in ce's unit features; a
+    training image is not its own neighbour. energy: paper A's score. No OOD image is seen.
+    """
+    path = args.dir / "classifier_ce.pt"
+    held = load_weights(path, "cpu", "run --method ce first")
+    if held["digest"] != read_description(args.dir).get("digest"):
+        sys.exit(f"{path} is of other ID data; run --method ce again")
+    config = argparse.Namespace(**held["config"])
+    net = Detector("ce", config.arch, config.classes, 0, config.vit).to(args.device)
+    net.load_state_dict(held["model"])
+    f = predict(net.f, images, args)
+    f_outliers = predict(net.f, outliers, args)
+    if args.filter == "energy":
+        id_scores = -energy(net.heads["g_in"](f))
+        scores = -energy(net.heads["g_in"](f_outliers))
+    else:
+        D_in = F.normalize(f)
+        id_scores = knn(D_in, D_in, args.filter_k + 1)[0][:, -1]
+        scores = knn(F.normalize(f_outliers), D_in, args.filter_k)[0][:, -1]
+    dropped = scores <= id_scores.quantile(0.95)
+    if args.world > 1:  # all processes go on with what the first one found
+        torch.distributed.broadcast(dropped, 0)
+    return dropped.cpu()
+
+
+def choose_others(method, images, others, labels, args):
+    """Rows of the others (M, ...) to train with, or None; of dream's by --outliers and --filter."""
+    rows = None if others is None else torch.arange(len(others))
+    if method != "dream":
+        return rows
+    if args.outliers:
+        torch.manual_seed(seed_of(args.seed, "outliers"))
+        rows = torch.randperm(len(others))[: args.outliers]
+    if args.filter != "none":
+        labels = labels.cpu()
+        dropped = looks_id(images, others, args)
+        for c in labels.unique():
+            mine = rows[labels[rows] == c]
+            print(f"--filter keeps {(~dropped[mine]).sum()} / {len(mine)} outliers of class {c}")
+        rows = rows[~dropped[rows]]
+        if args.rank == 0:
+            save(args.dir / "filter.png", filter_sheet(others, labels, dropped))
+    if args.outliers > len(others) or not len(rows):
+        sys.exit(f"{len(rows)} of {len(others)} outliers are left; sample more")
+    return rows
 
 
 def sd_loss(logits, labels, indicator, lam):
@@ -130,8 +199,8 @@ class Detector(nn.Module):
 
 
 def train(method, data, classes, args):
-    """One detector, on ID images and labels (N,), and others with labels (M,), or None."""
-    images, labels, others, other_labels = data
+    """One detector, on ID images and labels (N,) and, if any, the chosen of others (M, ...)."""
+    images, labels, others, other_labels, chosen = data
     torch.manual_seed(seed_of(args.seed, method))
     net = Detector(method, args.arch, classes, args.phi_hidden, args.vit)
     load_start(net, method, args)
@@ -147,8 +216,8 @@ def train(method, data, classes, args):
         x = images[index]
         y = labels[index]
         if others is not None:
-            rows = batch_rows(len(others), others_size, step, args.seed, "others")
-            rows = rows[args.rank :: args.world]
+            rows = batch_rows(len(chosen), others_size, step, args.seed, "others")
+            rows = chosen[rows[args.rank :: args.world]]
             x = torch.cat([x, others[rows]])
             y = torch.cat([y, other_labels[rows]])
         is_id = torch.arange(len(x), device=args.device) < len(index)
@@ -156,7 +225,9 @@ def train(method, data, classes, args):
         with autocast(args):
             _, logits = forward(x)
         logits = {name: head.float() for name, head in logits.items()}
-        if method == "dream":
+        if method == "dream" and args.loss == "oe":
+            loss = oe_loss(logits["g_in"], y, is_id, args.beta)
+        elif method == "dream":
             loss = dream_loss(logits["g_in"], y, is_id, net.phi, args.beta)
         elif method == "sd":
             loss = sd_loss(logits, y, (~is_id).long(), args.lam)
@@ -172,11 +243,10 @@ def train(method, data, classes, args):
 
 def parse_args():
     parser = recipe_parser()
-    text = "without it every one whose inputs are in --dir"
-    parser.add_argument("--method", nargs="+", choices=INPUTS, help=text)
+    parser.add_argument("--method", nargs="+", choices=INPUTS, help="else all that have inputs")
     text = "labels of the ID images for ce, dream and frozen; without it the data set's, if any"
     parser.add_argument("--labels", choices=("dataset", "pseudo"), help=text)
-    text = "sd: take sd_reconstructions.npy, copies that keep their label, as ID images too"
+    text = "sd: sd_reconstructions.npy, copies that keep their label, are ID images too"
     parser.add_argument("--reconstructions", action="store_true", help=text)
     parser.add_argument("--restart", action="store_true", help="drop unfinished work")
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 on GPUs that have it")
@@ -201,15 +271,22 @@ def main():
     # all inputs are checked before any training
     data = {method: load_data(method, args) for method in args.method}
     for method, own in options.items():
-        labels = data[method][1]
+        images, labels, others, other_labels = data[method]
         classes = int(labels.max()) + 1
-        own.inputs = fingerprint(*[part.cpu() for part in data[method] if part is not None])
+        chosen = choose_others(method, images, others, other_labels, own)
+        inputs = [*data[method], chosen]
+        own.inputs = fingerprint(*[part.cpu() for part in inputs if part is not None])
         if method == "frozen":
             net = Detector(method, own.arch, 0, 0, own.vit)
             load_start(net, method, own)
         else:
-            net = train(method, data[method], classes, own)
-        config = plain_options(own) | {"method": method, "classes": classes, "vit": own.vit}
+            net = train(method, inputs, classes, own)
+        config = plain_options(own) | {
+            "method": method,
+            "given": what_is_given(method, labels, args),
+            "classes": classes,
+            "vit": own.vit,
+        }
         content = {
             "model": net.state_dict(),
             "labels": labels.cpu(),
@@ -230,6 +307,7 @@ COLUMNS = ("digits", "cifar10", "cifar100", "imagenet100")  # of RECIPES
 CHECKPOINT_SECONDS = 60
 INPUTS = {  # what a method needs, beside train.npy and labels
     "ce": [],
+    "ce-pseudo": ["pseudo_labels.npy"],
     "dream": ["outliers.npy"],
     "dream-id": ["inliers.npy", "inlier_labels.npy", "id_labels.npy"],
     "sd": ["sd_outliers.npy", "sd_outliers.csv"],
@@ -253,9 +331,7 @@ def recipe_parser(default="digits"):
     known, _ = parser.parse_known_args()
     recipe = known.recipe or read_description(known.dir).get("recipe", default)
     parser.set_defaults(recipe=recipe)
-    device = "cpu"
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator().type
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=(device, "cpu"), default=device, help="torch device")
     parser.add_argument("--help", action="help")
     for option, (value, text, *choices) in RECIPES.items():
@@ -310,17 +386,16 @@ def save(path, content):
 
 
 def load_array(path, shape, dtype, writer):
-    """Map an .npy file and check it: None in shape is any length; labels >= 0, floats finite."""
+    """Map an .npy file of a shape (None is any length) and sound: labels >= 0, floats finite."""
     try:
         array = np.lib.format.open_memmap(path, mode="c")
-        same = [n in (None, m) for n, m in zip(shape, array.shape, strict=True)]
+        good = [n in (None, m) for n, m in zip(shape, array.shape, strict=True)]
+        good += [dtype != np.int64 or array.min() >= 0]
+        good += [dtype != np.float32 or np.isfinite(array).all()]
     except Exception:  # NumPy raises of every kind on damaged files
-        sys.exit(f"{path} is missing, damaged or not {shape}; run {writer}")
-    if array.dtype != dtype or not all(same):
-        sys.exit(f"{path} holds {array.dtype} {array.shape}, not {shape}; run {writer} again")
-    negative = dtype == np.int64 and array.min() < 0
-    if negative or (dtype == np.float32 and not np.isfinite(array).all()):
-        sys.exit(f"{path} holds negative labels, or values not finite; run {writer} again")
+        good = [False]
+    if not all(good) or array.dtype != dtype:
+        sys.exit(f"{path} is missing, damaged or no sound {np.dtype(dtype)} {shape}; run {writer}")
     return array
 
 
@@ -340,13 +415,21 @@ def read_description(folder):
 
 def fingerprint(*arrays):
     """Checksums of at most 1,000 rows of each array: tell when a run would go on with others."""
-    samples = [np.ascontiguousarray(array[:: len(array) // 1000 + 1]) for array in arrays]
-    return [zlib.crc32(sample) for sample in samples]
+    return [zlib.crc32(np.ascontiguousarray(x[:: len(x) // 1000 + 1])) for x in arrays]
 
 
 def seed_of(*key):
     """Seed for (seed, stage, step, ...) or (seed, image): 32 bits, no generator takes more."""
     return zlib.crc32(repr(key).encode())
+
+
+def knn(queries, bank, k):
+    """Distances and rows (N, k), nearest first, of the bank (M, d) around queries (N, d)."""
+    centre = bank.mean(0)  # a large common offset would cost cdist its digits
+    bank = bank - centre
+    nearest = [torch.cdist(q - centre, bank).topk(k, largest=False) for q in queries.split(1024)]
+    distances, rows = zip(*nearest, strict=True)
+    return torch.cat(distances), torch.cat(rows)
 
 
 def training_steps(stage, count, size, steps, state, args):
@@ -369,7 +452,6 @@ def training_steps(stage, count, size, steps, state, args):
             loss = float(state.get("loss", 0))
             if not math.isfinite(loss):
                 sys.exit(f"{stage}: the loss is {loss} at step {done}; lower the learning rate")
-            bar.set_postfix(loss=loss)
             bar.write(f"{stage} step {done} of {steps}, loss {loss:.4f}")
         due = time.monotonic() - saved >= CHECKPOINT_SECONDS
         if args.rank == 0 and (due or done == steps):
@@ -423,9 +505,19 @@ def distribute(net, args):
 
 def autocast(args):
     """bfloat16 on GPUs that have it (Ampere and later), float32 elsewhere or with --fp32."""
-    cuda = args.device == "cuda" and not args.fp32
-    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(args.device, torch.bfloat16, enabled=native)
+    native = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(args.device, torch.bfloat16, enabled=native and not args.fp32)
+
+
+@torch.no_grad()
+def predict(net, images, args):
+    """Outputs (N, D) of net on images (N, H, W, 3) as they are; puts net into evaluation mode."""
+    net.eval()
+    outputs = []
+    for rows in tqdm(images.split(256), "predictions"):
+        with autocast(args):
+            outputs.append(net(plain_view(rows.to(args.device), args)).float())
+    return torch.cat(outputs)
 
 
 def build_backbone(arch):
@@ -457,6 +549,12 @@ def build_backbone(arch):
 def to_float(images):
     """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def plain_view(images, args):
+    """(B, H, W, 3) uint8 -> (B, 3, side, side) in [-1, 1], cropped at the centre if at all."""
+    x = to_float(images)
+    return v2.functional.center_crop(x, args.crop) if args.crop else x
 
 
 def random_view(images, args):
@@ -549,6 +647,7 @@ def load_start(net, method, args):
         net.f.load_state_dict(held[args.frozen_arch])
     if method == "dream":  # w_1 > w_0: nothing in the loss would turn the slope of a linear phi
         net.phi[0].weight.data = net.phi[0].weight.data.sort(0).values
+        net.phi.requires_grad_(args.loss == "logistic")
     if method == "dream" and args.init == "ce":
         path = args.dir / "classifier_ce.pt"
         held = load_weights(path, "cpu", "run --method ce first, or give --init random")
@@ -561,9 +660,12 @@ def load_start(net, method, args):
 
 
 def make_optimizer(net, args):
-    """SGD on what is trained, with Nesterov momentum if with any."""
+    """SGD on what is trained, with Nesterov momentum if with any; or AdamW."""
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
     return torch.optim.SGD(
-        [parameter for parameter in net.parameters() if parameter.requires_grad],
+        trained,
         args.lr,
         momentum=args.momentum,
         nesterov=args.momentum > 0,
@@ -571,12 +673,26 @@ def make_optimizer(net, args):
     )
 
 
+def what_is_given(method, labels, args):
+    """What a method is trained with, in words, for the tables."""
+    path = args.dir / "train.labels.npy"
+    known = path.exists() and np.array_equal(np.load(path), labels.cpu())
+    labels = "labels" if known else "pseudo-labels"
+    return {
+        "dream": f"{labels}, outliers",
+        "dream-id": f"{labels}, inliers",
+        "sd": f"{labels}, SD outliers",
+        "frozen": f"nothing; {labels} for Mahalanobis",
+    }.get(method, labels)
+
+
 def options_of(method, args):
     """Options of one method: dream_*, sd_* and frozen_* stand in for those without the prefix."""
     own = dict(vars(args))
+    prefix = "sd_" if method == "ce-pseudo" else f"{method}_"
     for name, value in vars(args).items():
-        if name.startswith(f"{method}_"):
-            own[name.removeprefix(f"{method}_")] = value
+        if name.startswith(prefix):
+            own[name.removeprefix(prefix)] = value
     own = argparse.Namespace(**own)
     own.vit = read_vit(own.arch) if own.arch.startswith("vit:") else None
     known = ("pretext", "backbone") if method == "frozen" else ARCHS
@@ -592,12 +708,15 @@ def load_data(method, args):
     """ID images and labels (N,); outliers or inliers and their labels (M,), or None and None."""
     writer = "train_scan_diffusion.py"
     images = load_images(args.dir / "train.npy", None, writer)
-    labels = args.dir / ("train.labels.npy" if args.labels == "dataset" else "pseudo_labels.npy")
+    known = args.labels == "dataset" and method != "ce-pseudo"
+    labels = args.dir / ("train.labels.npy" if known else "pseudo_labels.npy")
     others = None
     other_labels = None
     if method == "dream":
         others = load_images(args.dir / "outliers.npy", images, "sample_outliers.py")
-        other_labels = torch.zeros(len(others), dtype=torch.int64, device=args.device)  # not used
+        other_labels = torch.zeros(len(others), dtype=torch.int64, device=args.device)
+        if (args.dir / "outlier_labels.npy").exists():  # to count what --filter keeps of a class
+            other_labels = read_labels(args.dir / "outlier_labels.npy", others, args)
     if method == "dream-id":
         labels = args.dir / "id_labels.npy"
         others = load_images(args.dir / "inliers.npy", images, "sample_outliers.py --inliers")
@@ -613,6 +732,22 @@ def load_data(method, args):
             copies = load_images(args.dir / "sd_reconstructions.npy", images, writer)
             return torch.cat([images, copies]), other_labels.repeat(2), others, other_labels
     return images, read_labels(labels, images, args), others, other_labels
+
+
+def filter_sheet(outliers, labels, dropped):
+    """Figure with a line for each of at most ten classes: six kept outliers, six dropped ones."""
+    classes = labels.unique()[:10]
+    figure = Figure((12, 1.2 * len(classes)), layout="constrained")
+    axes = figure.subplots(len(classes), 12, squeeze=False)
+    for line, c in zip(axes, classes, strict=True):
+        for half, part in ((line[:6], ~dropped), (line[6:], dropped)):
+            for axis, i in zip(half, torch.where((labels == c) & part)[0], strict=False):
+                axis.imshow(outliers[i])
+    axes[0, 0].set_title("kept")
+    axes[0, 6].set_title("dropped")
+    for axis in axes.flat:
+        axis.axis("off")
+    return figure
 
 
 def load_images(path, like, writer):
@@ -639,3 +774,16 @@ def read_labels(path, images, args):
 
 if __name__ == "__main__":
     main()
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6.0",
+#     "torchvision>=0.21.0",
+#     "diffusers>=0.33.1",
+#     "transformers>=4.50.0",
+#     "numpy>=1.26.4",
+#     "matplotlib>=3.8.4",
+#     "tqdm>=4.66.5",
+# ]
+# ///

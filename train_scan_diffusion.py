@@ -186,7 +186,7 @@ def train_selflabel(net, images, args):
     steps = args.selflabel_epochs * max(1, len(images) // size)
     optimizer = torch.optim.Adam(net.parameters(), args.selflabel_lr, weight_decay=1e-4)
     state = {"net": net, "optimizer": optimizer}
-    skipped = 0
+    taken = []
     for _, index in training_steps("selflabel", len(images), size, steps, state, args):
         x = images[index].to(args.device)
         net.eval()
@@ -195,8 +195,8 @@ def train_selflabel(net, images, args):
         confidence, labels = gather(logits.float(), args).softmax(1).max(1)
         net.train()
         confident = confidence > args.confidence
-        if not confident.any():
-            skipped += 1
+        taken.append(confident.any().item())
+        if not taken[-1]:
             continue
         with autocast(args):
             strong_logits = forward(strong_view(x, args))
@@ -206,7 +206,7 @@ def train_selflabel(net, images, args):
         (loss * args.world).backward()
         optimizer.step()
         state["loss"] = loss.detach()
-    print(f"self-labelling left out {skipped} steps that had no confident image")
+    print(f"self-labelling: {np.mean(taken or 0):.1%} of these {len(taken)} steps were taken")
 
 
 def find_clusters(images, labels, classes, args):
@@ -247,6 +247,8 @@ def scan_labels(train, test, known, classes, args):
     net, pretext = find_clusters(train, known, classes, args)
     confidence, labels = predict(net, train, args).softmax(1).max(1)
     report("4 self-labelling", labels.cpu().numpy(), known, classes)
+    confident = labels[confidence > args.confidence].bincount(minlength=classes)
+    print("confident images per cluster; a cluster of none has died:", *confident.tolist())
     if len(labels.unique()) < classes:
         sys.exit(f"one of the {classes} clusters is empty; give another --seed or fewer --clusters")
     test_labels = predict(net, test, args).argmax(1)
@@ -404,9 +406,7 @@ def recipe_parser(default="digits"):
     known, _ = parser.parse_known_args()
     recipe = known.recipe or read_description(known.dir).get("recipe", default)
     parser.set_defaults(recipe=recipe)
-    device = "cpu"
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator().type
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=(device, "cpu"), default=device, help="torch device")
     parser.add_argument("--help", action="help")
     for option, (value, text, *choices) in RECIPES.items():
@@ -461,17 +461,16 @@ def save(path, content):
 
 
 def load_array(path, shape, dtype, writer):
-    """Map an .npy file and check it: None in shape is any length; labels >= 0, floats finite."""
+    """Map an .npy file of a shape (None is any length) and sound: labels >= 0, floats finite."""
     try:
         array = np.lib.format.open_memmap(path, mode="c")
-        same = [n in (None, m) for n, m in zip(shape, array.shape, strict=True)]
+        good = [n in (None, m) for n, m in zip(shape, array.shape, strict=True)]
+        good += [dtype != np.int64 or array.min() >= 0]
+        good += [dtype != np.float32 or np.isfinite(array).all()]
     except Exception:  # NumPy raises of every kind on damaged files
-        sys.exit(f"{path} is missing, damaged or not {shape}; run {writer}")
-    if array.dtype != dtype or not all(same):
-        sys.exit(f"{path} holds {array.dtype} {array.shape}, not {shape}; run {writer} again")
-    negative = dtype == np.int64 and array.min() < 0
-    if negative or (dtype == np.float32 and not np.isfinite(array).all()):
-        sys.exit(f"{path} holds negative labels, or values not finite; run {writer} again")
+        good = [False]
+    if not all(good) or array.dtype != dtype:
+        sys.exit(f"{path} is missing, damaged or no sound {np.dtype(dtype)} {shape}; run {writer}")
     return array
 
 
@@ -491,8 +490,7 @@ def read_description(folder):
 
 def fingerprint(*arrays):
     """Checksums of at most 1,000 rows of each array: tell when a run would go on with others."""
-    samples = [np.ascontiguousarray(array[:: len(array) // 1000 + 1]) for array in arrays]
-    return [zlib.crc32(sample) for sample in samples]
+    return [zlib.crc32(np.ascontiguousarray(x[:: len(x) // 1000 + 1])) for x in arrays]
 
 
 def seed_of(*key):
@@ -529,7 +527,6 @@ def training_steps(stage, count, size, steps, state, args):
             loss = float(state.get("loss", 0))
             if not math.isfinite(loss):
                 sys.exit(f"{stage}: the loss is {loss} at step {done}; lower the learning rate")
-            bar.set_postfix(loss=loss)
             bar.write(f"{stage} step {done} of {steps}, loss {loss:.4f}")
         due = time.monotonic() - saved >= CHECKPOINT_SECONDS
         if args.rank == 0 and (due or done == steps):
@@ -596,9 +593,8 @@ def gather(x, args):
 
 def autocast(args):
     """bfloat16 on GPUs that have it (Ampere and later), float32 elsewhere or with --fp32."""
-    cuda = args.device == "cuda" and not args.fp32
-    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(args.device, torch.bfloat16, enabled=native)
+    native = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(args.device, torch.bfloat16, enabled=native and not args.fp32)
 
 
 @torch.no_grad()
@@ -899,9 +895,10 @@ def decode(dataset, path, size):
 
 def write_images(path, shape, blocks):
     """Stream blocks (B, H, W, 3) of uint8 into an .npy file of that shape."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+        )
         for block in blocks:
             file.write(block.tobytes())
 
@@ -972,3 +969,17 @@ def save_diffusion(unet, scheduler, folder):
 
 if __name__ == "__main__":
     main()
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6.0",
+#     "torchvision>=0.21.0",
+#     "diffusers>=0.33.1",
+#     "numpy>=1.26.4",
+#     "scikit-learn>=1.5.2",
+#     "scipy>=1.11.4",
+#     "pillow>=10.4.0",
+#     "tqdm>=4.66.5",
+# ]
+# ///

@@ -224,9 +224,7 @@ def recipe_parser(default="digits"):
     known, _ = parser.parse_known_args()
     recipe = known.recipe or read_description(known.dir).get("recipe", default)
     parser.set_defaults(recipe=recipe)
-    device = "cpu"
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator().type
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=(device, "cpu"), default=device, help="torch device")
     parser.add_argument("--help", action="help")
     for option, (value, text, *choices) in RECIPES.items():
@@ -281,17 +279,16 @@ def save(path, content):
 
 
 def load_array(path, shape, dtype, writer):
-    """Map an .npy file and check it: None in shape is any length; labels >= 0, floats finite."""
+    """Map an .npy file of a shape (None is any length) and sound: labels >= 0, floats finite."""
     try:
         array = np.lib.format.open_memmap(path, mode="c")
-        same = [n in (None, m) for n, m in zip(shape, array.shape, strict=True)]
+        good = [n in (None, m) for n, m in zip(shape, array.shape, strict=True)]
+        good += [dtype != np.int64 or array.min() >= 0]
+        good += [dtype != np.float32 or np.isfinite(array).all()]
     except Exception:  # NumPy raises of every kind on damaged files
-        sys.exit(f"{path} is missing, damaged or not {shape}; run {writer}")
-    if array.dtype != dtype or not all(same):
-        sys.exit(f"{path} holds {array.dtype} {array.shape}, not {shape}; run {writer} again")
-    negative = dtype == np.int64 and array.min() < 0
-    if negative or (dtype == np.float32 and not np.isfinite(array).all()):
-        sys.exit(f"{path} holds negative labels, or values not finite; run {writer} again")
+        good = [False]
+    if not all(good) or array.dtype != dtype:
+        sys.exit(f"{path} is missing, damaged or no sound {np.dtype(dtype)} {shape}; run {writer}")
     return array
 
 
@@ -311,8 +308,7 @@ def read_description(folder):
 
 def fingerprint(*arrays):
     """Checksums of at most 1,000 rows of each array: tell when a run would go on with others."""
-    samples = [np.ascontiguousarray(array[:: len(array) // 1000 + 1]) for array in arrays]
-    return [zlib.crc32(sample) for sample in samples]
+    return [zlib.crc32(np.ascontiguousarray(x[:: len(x) // 1000 + 1])) for x in arrays]
 
 
 def seed_of(*key):
@@ -340,7 +336,6 @@ def training_steps(stage, count, size, steps, state, args):
             loss = float(state.get("loss", 0))
             if not math.isfinite(loss):
                 sys.exit(f"{stage}: the loss is {loss} at step {done}; lower the learning rate")
-            bar.set_postfix(loss=loss)
             bar.write(f"{stage} step {done} of {steps}, loss {loss:.4f}")
         due = time.monotonic() - saved >= CHECKPOINT_SECONDS
         if args.rank == 0 and (due or done == steps):
@@ -394,9 +389,8 @@ def distribute(net, args):
 
 def autocast(args):
     """bfloat16 on GPUs that have it (Ampere and later), float32 elsewhere or with --fp32."""
-    cuda = args.device == "cuda" and not args.fp32
-    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(args.device, torch.bfloat16, enabled=native)
+    native = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(args.device, torch.bfloat16, enabled=native and not args.fp32)
 
 
 @torch.no_grad()
@@ -536,3 +530,15 @@ def default_words(names):
 
 if __name__ == "__main__":
     main()
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6.0",
+#     "torchvision>=0.21.0",
+#     "diffusers>=0.33.1",
+#     "transformers>=4.50.0",
+#     "numpy>=1.26.4",
+#     "tqdm>=4.66.5",
+# ]
+# ///

@@ -18,35 +18,9 @@ os.environ.setdefault(
 )  # before torch: threads that spin slow a busy machine tenfold
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = [
-    "a",
-    "high",
-    "quality",
-    "image",
-    "of",
-    "the",
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "photo",
-    "digit",
-]
-SMALL = [
-    "--K",
-    6,
-    "--boundary",
-    6,
-    "--draw",
-    6,
-    "--candidates",
-    16,
-    "--per-class",
-    12,
-    "--steps",
-    4,
-]
+WORDS = "a high quality image of the zero one two three four photo digit"
+SMALL = "--K 6 --boundary 6 --draw 6 --candidates 16 --per-class 12 --steps 4"
+SMALL = SMALL.split()
 FEW_EPOCHS = ["--epochs", 2, "--dream-epochs", 2, "--sd-epochs", 2]
 PIECES = ["por", "cup", "ine</w>"]  # porcupine: three tokens, as in CLIP's own vocabulary
 
@@ -110,18 +84,9 @@ def tiny_run(tmp_path_factory, run):
         for arguments in steps:
             step(*arguments)
 
-    scan = (
-        "--pretext-epochs",
-        6,
-        "--pretext-batch",
-        128,
-        "--scan-epochs",
-        8,
-        "--selflabel-epochs",
-        1,
-    )
+    scan = "--pretext-epochs 6 --pretext-batch 128 --scan-epochs 8 --selflabel-epochs 1"
     unet = "--channels", "32,32", "--steps", 60, "--batch-size", 32
-    step("train_scan_diffusion", "--data", "digits:0-2", *scan, *unet)
+    step("train_scan_diffusion", "--data", "digits:0-2", *scan.split(), *unet)
     paper_a = [
         ("train_text_encoder", "--epochs", 2),
         ("sample_outliers", *SMALL),
@@ -144,13 +109,18 @@ def build_stable_diffusion(folder, full_size=False):
     Each of WORDS is one token, porcupine is three; every other word falls apart into letters.
     """
     import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        PNDMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + ["-"]
     tokens, merges = [*letters, *(f"{letter}</w>" for letter in letters)], []
-    for piece in [f"{word}</w>" for word in WORDS] + PIECES:
+    for piece in [f"{word}</w>" for word in WORDS.split()] + PIECES:
         end = "</w>" if piece.endswith("</w>") else ""
         rest = list(piece.removesuffix("</w>"))
         rest[-1] += end
@@ -167,37 +137,20 @@ def build_stable_diffusion(folder, full_size=False):
     (folder / "words" / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "words", model_max_length=77)
     shutil.rmtree(folder / "words")
-    ends = {
-        "bos_token_id": len(tokens) - 2,
-        "eos_token_id": len(tokens) - 1,
-        "pad_token_id": len(tokens) - 1,
-    }
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    unet = {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "sample_size": 8,
-        "layers_per_block": 1,
-    }
+    ends = {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1}
+    ends["pad_token_id"] = len(tokens) - 1
+    sizes = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    shape = dict(zip(sizes, (32, 64, 2, 4), strict=True))
+    unet = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "sample_size": 8}
+    unet["layers_per_block"] = 1
     unet |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "block_out_channels": (16, 32)}
     unet |= {"cross_attention_dim": 32, "attention_head_dim": 8, "norm_num_groups": 8}
     vae = {"sample_size": 16, "block_out_channels": (16, 16), "norm_num_groups": 8}
     if full_size:  # the configuration of Stable Diffusion 1.4
-        shape = {
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-        }
-        unet, vae = (
-            {"cross_attention_dim": 768, "sample_size": 64},
-            {"block_out_channels": (128, 256, 512, 512)},
-        )
-        vae |= {"sample_size": 512, "layers_per_block": 2}
+        shape = dict(zip(sizes, (768, 3072, 12, 12), strict=True))
+        unet = {"cross_attention_dim": 768, "sample_size": 64}
+        vae = {"block_out_channels": (128, 256, 512, 512), "sample_size": 512}
+        vae["layers_per_block"] = 2
     text_model = CLIPTextModel(
         CLIPTextConfig(vocab_size=len(tokens), **ends, **shape, max_position_embeddings=77)
     )
@@ -205,38 +158,21 @@ def build_stable_diffusion(folder, full_size=False):
     table.data *= 0.39 / table.data.norm(
         dim=1, keepdim=True
     )  # the norm of the rows of CLIP ViT-L/14
-    unet, levels = UNet2DConditionModel(**unet), len(vae["block_out_channels"])
-    kinds = {
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-    }
-    vae = AutoencoderKL(**vae, **kinds)
-    schedule = {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "steps_offset": 1,
-    }
-    scheduler = PNDMScheduler(**schedule, skip_prk_steps=True, set_alpha_to_one=False)
-    parts = {
-        "tokenizer": tokenizer,
-        "text_encoder": text_model,
-        "unet": unet,
-        "vae": vae,
-        "scheduler": scheduler,
-    }
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    index = {
-        name: [type(part).__module__.split(".")[0], type(part).__name__]
-        for name, part in parts.items()
-    }
-    index |= {
-        "_class_name": "StableDiffusionPipeline",
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index))
+    levels = len(vae["block_out_channels"])
+    vae |= {"down_block_types": ("DownEncoderBlock2D",) * levels}
+    vae |= {"up_block_types": ("UpDecoderBlock2D",) * levels}
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    schedule |= {"steps_offset": 1, "skip_prk_steps": True, "set_alpha_to_one": False}
+    StableDiffusionPipeline(
+        AutoencoderKL(**vae),
+        text_model,
+        tokenizer,
+        UNet2DConditionModel(**unet),
+        PNDMScheduler(**schedule),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
     return folder
 
 

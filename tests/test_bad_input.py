@@ -111,7 +111,7 @@ ARRAYS = {
     f"{CLASSIFIER} --method ce --labels pseudo": "pseudo_labels:missing",
     f"{CLASSIFIER} --method dream-id": "inliers:width inlier_labels:length id_labels:missing",
     f"{CLASSIFIER} --method ce dream sd": "outliers:missing sd_outliers:type",
-    EVALUATE: "train:cut test:missing train.labels:cut test.labels:length sd_outliers:axis",
+    EVALUATE: "train:cut test:missing test.labels:length outliers:axis sd_outliers:axis",
     f"{EVALUATE} --seed 1": "sd_reconstructions_test:type",
 }
 CASES = [(command, *case.split(":")) for command in ARRAYS for case in ARRAYS[command].split()]
@@ -131,7 +131,7 @@ def test_arrays(folder, stops, command, name, how):
         (OUTLIERS, "diffusion/unet/config.json", "missing", "run/diffusion .*run train_scan"),
         (SD, "diffusion/unet/*.safetensors", "cut", "run/diffusion .*run train_scan"),
         (f"{CLASSIFIER} --method frozen", "scan.pt", "empty", r"scan\.pt .*run train_scan"),
-        (f"{CLASSIFIER} --method dream --init ce", "classifier_ce.pt", "cut", "ce.pt .*--method"),
+        (f"{CLASSIFIER} --method dream", "classifier_ce.pt", "cut", "ce.pt .*--method"),
         (f"{CLASSIFIER} --method sd", "sd_outliers.csv", "missing", r"\.csv .*run sample_sd"),
         (EVALUATE, "sd_outliers.csv", "missing", r"\.csv .*run sample_sd"),
         (EVALUATE, "classifier_ce.pt", "cut", r"_ce\.pt .*run train_classifier"),
@@ -153,7 +153,11 @@ def test_files_of_another_run(folder, stops):
     np.save(folder / "id_labels.npy", labels)
     np.save(folder / "anchors.npy", np.load(folder / "anchors.npy")[::-1])
     stops(1, OUTLIERS, r"anchors\.npy .*run train_text_encoder\.py")
-    stops(1, f"{CLASSIFIER} --method dream --init ce --arch resnet18", r"_ce\.pt .*--arch")
+    stops(
+        1,
+        f"{CLASSIFIER} --method dream --filter none --init ce --arch resnet18",
+        r"_ce\.pt .*--arch",
+    )
     content = torch.load(folder / "classifier_ce.pt", weights_only=True)
     torch.save(content | {"digest": [0]}, folder / "classifier_ce.pt")
     stops(1, EVALUATE, r"classifier_ce\.pt .*run train_classifier\.py")
@@ -162,10 +166,7 @@ def test_files_of_another_run(folder, stops):
     stops(1, EVALUATE, r"classifier_\*\.pt; run train_classifier\.py")
 
 
-def test_unfinished_work_of_other_options(folder, stops):
-    (folder / ".partial.outliers").mkdir()
-    (folder / ".partial.outliers" / "options.json").write_text("{}")
-    stops(1, OUTLIERS, r"\.partial\.outliers.* other options.*--restart")
+def test_unfinished_training_of_other_options(folder, stops):
     path = folder / ".checkpoint.encoder.pt"
     torch.save({"options": {"seed": 4}, "step": 1, "parts": {}}, path)
     stops(1, ENCODER, r"\.checkpoint\.encoder\.pt has seed 4, not 0.*--restart")

@@ -158,7 +158,9 @@ def test_only_the_released_way_shares_noise_among_boundary_points(code, kind):
 def test_sigma_is_scaled_so_that_the_cosine_is_that_of_768_dimensions(code, d, inliers, sigma):
     z = torch.cat([clustered(60, d), -clustered(60, d)]).numpy()
     args = selection("random", K=5, candidates=20, per_class=200, inliers=inliers, boundary=20)
-    vars(args).update(sigma=sigma, inlier_sigma=sigma, seed=0, device="cpu", rank=0)
+    vars(args).update(
+        sigma=sigma, inlier_sigma=sigma, seed=0, device="cpu", rank=0, source="latent"
+    )
     _, lines = code.sample_all(unit(2, d).numpy(), 5 * z, np.repeat([0, 1], 60), args)
     cosine = np.array([line.split(",")[3] for line in lines], float)
     assert cosine.mean() == pytest.approx(1 / np.sqrt(1 + 768 * sigma**2), abs=0.02)
@@ -316,7 +318,7 @@ def test_scores_of_logits(code, hidden):
     for seed in range(20):
         torch.manual_seed(seed)
         net = code.Detector("dream", "small", 4, hidden, None)
-        code.load_start(net, "dream", SimpleNamespace(vit=None, init="random"))
+        code.load_start(net, "dream", SimpleNamespace(vit=None, init="random", loss="logistic"))
         phi = net.phi.double().requires_grad_(False)
         p = phi(torch.from_numpy(E)[:, None]).softmax(1).numpy()
         score = code.phi_score(logits, phi).numpy()  # the log odds of OOD

@@ -225,7 +225,9 @@ def test_other_words_make_other_sd_outliers(inputs, tiny_sd, main, capsys):
     assert complete == [False, True, False]
 
 
-def test_a_job_goes_on_refuses_and_is_made_again(load, tmp_path, monkeypatch, capsys):
+def test_a_job_goes_on_beside_one_of_other_options_and_is_made_again(
+    load, tmp_path, monkeypatch, capsys
+):
     script = load(B)
     monkeypatch.setattr(script, "BLOCK", 2)
     monkeypatch.setattr("sys.argv", [B, "--dir", str(tmp_path), "--recipe", "digits"])
@@ -243,16 +245,17 @@ def test_a_job_goes_on_refuses_and_is_made_again(load, tmp_path, monkeypatch, ca
         made.clear()
         script.run_job("x", (5, 2, 2, 3), make, argparse.Namespace(**(vars(args) | changed)))
         assert np.array_equal(np.load(tmp_path / "x.npy")[:, 0, 0, 0], range(5))
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npy"]
         return made
 
     with pytest.raises(KeyboardInterrupt):
         work(stop=3)  # in the second of three blocks
-    with pytest.raises(SystemExit, match="--restart"):
-        work(inputs=[2])
     assert work(batch_size=1) == [2, 3, 4]
+    with pytest.raises(KeyboardInterrupt):
+        work(stop=3, inputs=[2])
+    assert work(inputs=[3]) == work(inputs=[2]) == work() == [0, 1, 2, 3, 4]
     assert work() == [] and "is complete" in capsys.readouterr().out
     assert work(restart=True) == work(S=151) == [0, 1, 2, 3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npy"]
 
 
 def job(script, folder, *words, block=16, kill="", **environment):
@@ -326,5 +329,5 @@ def test_killed_three_times_it_ends_with_the_same_bytes(begin, undisturbed):
         process, folder = begin(B, "killed", kill=kill)
         process.join()
         assert process.exitcode == -signal.SIGKILL and not (folder / "sd_outliers.json").exists()
-        assert (folder / ".partial.sd_outliers" / "16.npy").exists()
+        assert [*folder.glob(".partial.sd_outliers.*/16.npy")]
     assert files_of(*begin(B, "killed")) == undisturbed[B]

@@ -1,20 +1,27 @@
 """Measurements that the README quotes; nothing here is asserted.
 
-python tests/benchmark.py seeds      # the six scripts for seeds 0, 1, 2: table, seconds, memory
-python tests/benchmark.py table      # that table again from the results in --dir
+python tests/benchmark.py splits     # the six scripts for five splits of the digits, three seeds
+python tests/benchmark.py ablations  # then one change at a time, in folders that link to those
 python tests/benchmark.py figures    # the README's pictures from the run of seed 0 in --dir
 python tests/benchmark.py knn        # torch.cdist against faiss-cpu (if installed) and scikit-learn
 python tests/benchmark.py steps      # DPM-Solver++ on Gaussian data against its exact flow
+
+splits and ablations use two processes of one thread, go on where they were stopped, and print
+their tables when all is there.
 """
 
 import argparse
+import contextlib
+import importlib
 import json
+import math
+import multiprocessing
+import os
 import re
-import resource
 import shutil
-import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,81 +30,274 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from matplotlib.figure import Figure
 from sklearn.neighbors import NearestNeighbors
+from torchvision.transforms import v2
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import evaluate  # noqa: E402
+
+SPLITS = ("0,1,2,4,5,9", "0,3,5,7,8,9", "0,1,5,6,7,8", "3,4,5,7,8,9", "0,1,2,3,7,8")  # known
 STEPS = (
-    ("train_scan_diffusion.py",),
-    ("train_text_encoder.py",),
-    ("sample_outliers.py",),
-    ("sample_sd_outliers.py",),
-    ("sample_sd_outliers.py", "--split", "test", "--reconstruct"),
-    ("train_classifier.py",),
-    ("evaluate.py",),
+    "train_scan_diffusion --data digits:{known}",
+    "train_text_encoder",
+    "sample_sd_outliers",
+    "sample_sd_outliers --split test --reconstruct",
+    "sample_sd_outliers --split test",
+    "sample_outliers",
+    "train_classifier",
+    "evaluate --ood-data digits:{unknown} patches",
 )
+EVALUATE = STEPS[-1]
+PUBLISHED = "sample_outliers --per-class 150"  # one outlier per image, and none is dropped
+DREAM = "train_classifier --method dream --filter none"
+SD = "train_classifier --method sd frozen"
+SHIFTS = {
+    "rotated by 30 degrees": lambda x: v2.functional.rotate(x, 30),
+    "blurred": lambda x: v2.functional.gaussian_blur(x, 3, 1.0),
+    "noisy": lambda x: (x + 51 * torch.randn(x.shape)).clamp(0, 255).byte(),
+    "contrast 0.4": lambda x: v2.functional.adjust_contrast(x, 0.4),
+}
+SHIFTED = f"{EVALUATE} --shift-data {{shifted}}"
+INPUTS = ("data.json", "scan.pt", "*.npy", "*outliers.*s*", "diffusion")
+INPUTS += ("classifier_ce.pt", "classifier_frozen.pt")
+# name: (folder it starts from, commands); {kept}: as many outliers as the filter knn kept
+VARIANTS = {"published": (".", (PUBLISHED, DREAM, EVALUATE))}
+REFERENCES = {"published": ".", "labels": "."}  # what a variant is compared with
+for number in (450, 900, 2700):
+    for judge in ("none", "knn", "energy"):
+        name = f"{number} {judge}"
+        steps = (f"{DREAM} --outliers {number} --filter {judge}", EVALUATE)
+        VARIANTS[name] = (".", steps)
+        REFERENCES[name] = f"variants/{number} none"
+    VARIANTS[f"{number} random"] = (".", (f"{DREAM} --outliers {{kept}}", EVALUATE))
+    REFERENCES[f"{number} knn"] = f"variants/{number} random"
+    REFERENCES[f"{number} none"] = "variants/900 none"
+for name, flags in {
+    "oe": "--loss oe --beta 0.5",
+    "beta 0.1": "--beta 0.1",
+    "beta 2.5": "--beta 2.5",
+}.items():
+    VARIANTS[name] = ("variants/published", (f"{DREAM} {flags}", EVALUATE))
+for option, values in {
+    "selection": ("official", "random", "boundary"),
+    "source": ("noise", "interpolate", "anchor"),
+    "sigma": (0.03, 0.15),
+    "K": (10, 100),
+}.items():
+    for value in values:
+        steps = (f"{PUBLISHED} --{option} {value}", DREAM, EVALUATE)
+        VARIANTS[f"{option} {value}"] = (".", steps)
+for S in (50, 100, 150, 200):
+    for w in (2, 3, 4):
+        VARIANTS[f"S {S} w {w}"] = (".", (f"sample_sd_outliers --S {S} --w {w}", SD, EVALUATE))
+VARIANTS |= {
+    "labels": (
+        "variants",  # nothing to link to
+        (
+            "train_scan_diffusion --data digits:{known} --labels dataset",
+            "train_text_encoder",
+            "sample_outliers",
+            "sample_sd_outliers",
+            "train_classifier",
+            EVALUATE,
+        ),
+    ),
+    "dream-id": (
+        ".",
+        (f"{PUBLISHED} --inliers", "train_classifier --method dream-id ce-pseudo", SHIFTED),
+    ),
+    "equal-budget": (
+        ".",
+        ("train_classifier --method ce-pseudo --sd-batch-size 128 --sd-epochs 80", SHIFTED),
+    ),
+}
 
 
-def run_seeds(folder, seeds):
-    """The pipeline once per seed, in a folder of its own, with its log and seconds."""
-    for seed in seeds:
-        target = folder / f"seed{seed}"
+DEFAULTS = {"dream": "variants/published", "sd": "."}
+KEYS = (("dream", "energy"), ("sd", "distance"), ("sd", "voting"), ("sd", "distance+voting"))
+GENERATED = {"dream": r"\boutliers", "sd": "sd_outliers"}
+
+
+def run(step, folder, known, seed):
+    """One script, in this process, unless done.txt of the folder says that it is done."""
+    unknown = ",".join(sorted(set("0123456789") - set(known)))
+    step = step.replace("{known}", known).replace("{unknown}", unknown)
+    if "{shifted}" in step:
+        step = step.replace("{shifted}", " ".join(map(str, shifted_sets(folder, known))))
+    done = folder / "done.txt"
+    if done.exists() and step in done.read_text().splitlines():
+        return
+    script, *flags = step.split()
+    sys.argv = [script, "--dir", str(folder), "--seed", str(seed), *flags]
+    start = time.time()
+    with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+        try:
+            importlib.import_module(script).main()
+        except SystemExit as error:
+            raise RuntimeError(f"{folder}: {step}: {error}") from None
+        print(f"seconds {step}: {time.time() - start:.0f}")
+    with open(done, "a") as file:
+        print(step, file=file)
+
+
+def shifted_sets(folder, known):
+    """Folders of arrays: the test images rotated, blurred, noisy and of low contrast."""
+    torch.manual_seed(0)
+    images = torch.from_numpy(np.load(folder / "test.npy")).permute(0, 3, 1, 2)
+    folders = []
+    for name, shift in SHIFTS.items():
+        target = folder / "shifted" / name.split()[0]
         target.mkdir(parents=True, exist_ok=True)
-        with open(target / "log.txt", "w") as log:
-            for script, *flags in STEPS:
-                start = time.time()
-                command = [
-                    sys.executable,
-                    ROOT / script,
-                    "--dir",
-                    target,
-                    "--seed",
-                    str(seed),
-                    *flags,
-                ]
-                subprocess.run(command, check=True, stdout=log, stderr=subprocess.DEVNULL)
-                line = f"seconds {' '.join([script, *flags])}: {time.time() - start:.0f}"
-                print(f"seed {seed} {line}", flush=True)
-                print(line, file=log, flush=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(f"largest memory of a script: {peak:.0f} MB")
+        np.save(target / "test.npy", shift(images).permute(0, 2, 3, 1).numpy())
+        shutil.copy(folder / "test.labels.npy", target)
+        (target / "classes.txt").write_text(known.replace(",", "\n"))
+        folders.append(target)
+    return folders
 
 
-def mean_and_deviation(rows, field):
-    """Mean and sample standard deviation in percent; - where a figure does not exist."""
-    figures = 100 * np.array([row[field] for row in rows], dtype=float)  # None becomes nan
-    if np.isnan(figures).any():
+def run_split(folder, known, seed):
+    """The whole pipeline, in <folder>/<known>/seed<seed>."""
+    base = folder / known / f"seed{seed}"
+    base.mkdir(parents=True, exist_ok=True)
+    for step in STEPS:
+        run(step, base, known, seed)
+
+
+def run_variants(folder, known, seed, names):
+    """Variants of a finished run in its variants/<name>, with links to what they start from."""
+    base = folder / known / f"seed{seed}"
+    for name in names:
+        start, steps = VARIANTS[name]
+        target = base / "variants" / name
+        target.mkdir(parents=True, exist_ok=True)
+        for pattern in INPUTS:
+            for path in (base / start).glob(pattern):
+                if not (target / path.name).exists():
+                    (target / path.name).symlink_to(path.resolve())
+        for step in steps:
+            if "{kept}" in step:
+                log = target.with_name(name.replace("random", "knn")) / "log.txt"
+                kept = re.findall(r"^--filter keeps (\d+)", log.read_text(), re.M)
+                step = step.replace("{kept}", str(sum(map(int, kept))))
+            run(step, target, known, seed)
+
+
+def in_two_processes(work, jobs):
+    """work(*job) for all jobs, in two processes of one thread each."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, context) as pool:
+        for job, future in [(job, pool.submit(work, *job)) for job in jobs]:
+            future.result()
+            print(*job, "done", flush=True)
+
+
+def results_of(folder):
+    """{(method, score): {set: (AUROC, FPR95, ID accuracy)}} in percent, unknown digits as near."""
+    found = {}
+    for r in json.loads((folder / "results.json").read_text()):
+        name = "near" if r["ood"].startswith("digits") else r["ood"]
+        figures = r["auroc"], r["fpr95"], r["id_accuracy"] or math.nan
+        found.setdefault((r["method"], r["score"]), {})[name] = 100 * np.array(figures)
+    return found
+
+
+def figures_of(folder, jobs, variant, key, name):
+    """(runs, 3): AUROC, FPR95 and ID accuracy of a method's score against a set, by run."""
+    places = [folder / known / f"seed{seed}" / variant for _, known, seed in jobs]
+    return np.array([results_of(place)[key][name] for place in places])
+
+
+def difference(values, baseline, jobs):
+    """Mean and 95 % interval of values - baseline: over splits (means of their seeds), if there are
+    three or more, else over runs, which say nothing of other splits.
+    """
+    knowns = [known for _, known, _ in jobs]
+    if len(set(knowns)) > 2:
+        groups = [np.array(knowns) == known for known in set(knowns)]
+        values = [values[group].mean() for group in groups]
+        baseline = [baseline[group].mean() for group in groups]
+    if len(values) < 2:
         return "-"
-    deviation = figures.std(ddof=1) if len(figures) > 1 else 0
-    return f"{figures.mean():.1f} ± {deviation:.1f}"
+    mean, width = evaluate.paired_difference(values, baseline)
+    return f"{mean:+.1f} ± {width:.1f}"
 
 
-def print_table(folder):
-    """Means and deviations over the seeds, in percent, as Markdown, and what the logs say."""
-    for log in sorted(folder.glob("seed*/log.txt")):
-        text = log.read_text()
-        accuracies = re.findall(r"^(1 SimCLR|3 SCAN|4 self).*ACC ([\d.]+)", text, re.M)
-        percentile = re.findall(r"mean percentile of d_K ([\d.]+)", text)
-        seconds = [int(number) for number in re.findall(r"^seconds .*: (\d+)$", text, re.M)]
-        flips = re.findall(r"ce takes.*", text)
-        print(log.parent.name, accuracies, "percentile", percentile, f"{sum(seconds)} s", *flips)
-    values = {}
-    paths = sorted(folder.glob("seed*/results.json"))
-    for path in paths:
-        for record in json.loads(path.read_text()):
-            key = record["method"], record["score"]
-            values.setdefault(key, {}).setdefault(record["ood"], []).append(record)
-    sets = list(next(iter(values.values())))
-    print(f"\n{len(paths)} seeds, mean ± std, percent; AUROC / FPR95 against each set\n")
-    print("| method | score |", " | ".join(sets), "| ID accuracy |")
-    print("|---" * (len(sets) + 3) + "|")
-    for (method, score), by_set in values.items():
-        cells = []
-        for rows in by_set.values():
-            cells.append(
-                f"{mean_and_deviation(rows, 'auroc')} / {mean_and_deviation(rows, 'fpr95')}"
-            )
-        cells.append(mean_and_deviation(by_set[sets[0]], "id_accuracy"))
-        print(f"| {method} | {score} |", " | ".join(cells), "|")
+def mean_and_deviation(rows):
+    """ "AUROC / FPR95" of rows (runs, 2 or more)."""
+    parts = zip(rows.mean(0), rows.std(0, ddof=1), strict=True)
+    return " / ".join([f"{mean:.1f} ± {std:.1f}" for mean, std in parts][:2])
+
+
+def print_splits(folder, jobs):
+    """Mean ± std over runs; differences to ce and ce-pseudo in the same runs, 95 % intervals."""
+    print(f"\n{len(jobs)} runs, percent; AUROC / FPR95 against each set\n")
+    print("| method | score | unknown digits | minus | patches | SD outliers | ID accuracy |")
+    print("|---" * 7 + "|")
+    for method, score in results_of(folder / jobs[0][1] / f"seed{jobs[0][2]}"):
+        by_set = {}
+        for name in ("near", "patches", "sd_outliers_test"):
+            by_set[name] = figures_of(folder, jobs, ".", (method, score), name)
+        same = {"bin": "energy", "phi": "energy"}.get(score, score)
+        same = "distance" if "voting" in score else same
+        minus = []
+        for other in ["ce", "ce-pseudo"][: 0 if method == "ce" else 2]:
+            base = figures_of(folder, jobs, ".", (other, same), "near")[:, 0]
+            minus.append(f"{other} {same} {difference(by_set['near'][:, 0], base, jobs)}")
+        near, far, outliers = map(mean_and_deviation, by_set.values())
+        accuracy = mean_and_deviation(by_set["near"][:, 2:])
+        print(
+            "|", " | ".join([method, score, near, ", ".join(minus), far, outliers, accuracy]), "|"
+        )
+
+
+def print_ablations(folder, jobs, names):
+    """Variants against their reference: in all runs, on the splits to choose on and to confirm."""
+    print("\nAUROC / FPR95, AUROC minus the reference's, Fréchet distance of the outliers\n")
+    print("| variant | reference | near | all | first 3 | last 2 | patches | all | Fréchet |")
+    print("|---" * 9 + "|")
+    all_of_them = list(range(len(jobs)))
+    first = [i for i in all_of_them if jobs[i][1] in SPLITS[:3]]
+    last = [i for i in all_of_them if jobs[i][1] in SPLITS[3:]]
+    for name in [".", *names]:
+        steps = VARIANTS[name][1] if name in VARIANTS else (f"{DREAM} sd",)
+        variant = f"variants/{name}" if name in VARIANTS else "."
+        for key in KEYS:
+            if not any(key[0] in step.split() or step == "train_classifier" for step in steps):
+                continue
+            reference = REFERENCES.get(name, DEFAULTS[key[0]])
+            cells = [f"{' '.join(key)}: {name}", reference]
+            for ood, parts in (("near", [all_of_them, first, last]), ("patches", [all_of_them])):
+                rows = figures_of(folder, jobs, variant, key, ood)[:, 0]
+                base = figures_of(folder, jobs, reference, key, ood)[:, 0]
+                cells.append(mean_and_deviation(figures_of(folder, jobs, variant, key, ood)))
+                for part in parts:
+                    some = [jobs[i] for i in part]
+                    cells.append(difference(rows[part], base[part], some))
+            distances = notes_of(folder, jobs, variant, rf"{GENERATED[key[0]]} ([\d.]+),")
+            cells.append(f"{np.mean(distances):.1f}" if distances else "-")
+            print("|", " | ".join(cells), "|")
+
+
+def print_shifted(folder, jobs, names):
+    """Accuracy of DREAM-ID and of plain training on shifted test images."""
+    for name in {"dream-id", "equal-budget"} & {*names}:
+        for method in ("ce", "ce-pseudo", "dream-id"):
+            for shift in SHIFTS:
+                pattern = rf"- {method}: accuracy ([\d.]+)% on \S*shifted/{shift.split()[0]} "
+                shares = notes_of(folder, jobs, f"variants/{name}", pattern)
+                if shares:
+                    figures = f"{np.mean(shares):.1f} ± {np.std(shares, ddof=1):.1f}"
+                    print(f"{name}: accuracy of {method}, {shift}: {figures}")
+
+
+def notes_of(folder, jobs, variant, pattern):
+    """Numbers that a pattern finds in the notes of results.md."""
+    numbers = []
+    for _, known, seed in jobs:
+        text = (folder / known / f"seed{seed}" / variant / "results.md").read_text()
+        numbers += [float(number) for number in re.findall(pattern, text)]
+    return numbers
 
 
 def figures(run, target):
@@ -172,8 +372,6 @@ def race(ways, rounds):
 
 def knn():
     """The scripts' knn at 10,000 x 50,000 x 512, k = 50, and at DREAM-OOD's shape, K = 300."""
-    from evaluate import knn as search
-
     try:
         import faiss
     except ImportError:
@@ -196,30 +394,41 @@ def knn():
         queries = F.normalize(torch.randn(n, d), dim=1)
         bank = F.normalize(torch.randn(m, d), dim=1)
         print(f"{n:,} queries, {m:,} points, {d} dimensions, k = {k}, {threads} threads")
-        ways = {"torch.cdist": search, "scikit-learn": brute}
+        ways = {"torch.cdist": evaluate.knn, "scikit-learn": brute}
         if faiss:
             ways = {"faiss-cpu": flat} | ways
         data = queries, bank, k
         race({name: lambda way=way, data=data: way(*data) for name, way in ways.items()}, 3)
         exact = brute(queries[:500].double(), bank.double(), k)[0][:, -1]
-        error = np.abs(search(queries[:500], bank, k)[0][:, -1].numpy() - exact).max()
+        error = np.abs(evaluate.knn(queries[:500], bank, k)[0][:, -1].numpy() - exact).max()
         print(f"  largest error of a k-th distance {error:.0e}")
 
 
 def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("what", choices=("seeds", "table", "figures", "knn", "steps"))
+    parser.add_argument("what", choices=("splits", "ablations", "figures", "knn", "steps"))
     text = "folder of the runs (default: %(default)s)"
-    parser.add_argument("--dir", type=Path, default=Path("runs/seeds"), help=text)
+    parser.add_argument("--dir", type=Path, default=Path("runs/splits"), help=text)
+    text = "digits that are known (default: the five splits)"
+    parser.add_argument("--known", nargs="+", default=SPLITS, help=text)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    text = "changes that ablations tries (default: all)"
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help=text
+    )
     args = parser.parse_args()
-    if args.what == "seeds":
-        run_seeds(args.dir, args.seeds)
-    if args.what in ("seeds", "table"):
-        print_table(args.dir)
+    jobs = [(args.dir, known, seed) for seed in args.seeds for known in args.known]
+    if args.what in ("splits", "ablations"):
+        in_two_processes(run_split, jobs)
+    if args.what == "splits":
+        print_splits(args.dir, jobs)
+    if args.what == "ablations":
+        in_two_processes(run_variants, [(*job, ["published", *args.variants]) for job in jobs])
+        print_ablations(args.dir, jobs, args.variants)
+        print_shifted(args.dir, jobs, args.variants)
     if args.what == "figures":
-        figures(args.dir / "seed0", ROOT / ".github" / "figures")
+        figures(args.dir, ROOT / ".github" / "figures")
     if args.what == "knn":
         knn()
     if args.what == "steps":

@@ -234,7 +234,9 @@ def parse_args():
     parser.add_argument("--shift-data", nargs="+", metavar="SET", default=[], help=text)
     text = "judge these .npy files (N,) and nothing else: ID, then OOD sets"
     parser.add_argument("--scores", nargs="+", type=Path, metavar="NPY", help=text)
-    parser.add_argument("--alpha", type=float, help="sd: weight of a vote, else as in sd_scores")
+    parser.add_argument(
+        "--alpha", type=float, help="sd: weight of a vote, else median distance / k"
+    )
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples per interval")
     text = "mean and deviation over the results of these folders, paired differences to --baseline"
     parser.add_argument("--aggregate", nargs="+", type=Path, metavar="DIR", help=text)
@@ -596,12 +598,14 @@ def load_scores(path):
 
 
 def read_images(dataset, train, args):
-    """Images (N, H, W, 3) uint8 of a data set, at the grey levels of the training images."""
+    """Images (N, H, W, 3) uint8 of a data set, mapped, at the grey levels of `train`."""
     path = args.dir / ".partial.ood.npy"
     decode(dataset, path, args.image_size)
-    images = load_array(path, (None, *train.shape[1:]), np.uint8, "this script")
+    images = np.load(path, mmap_mode="r+")
     path.unlink()  # the map stays
-    return match_levels(train, images)
+    for part in np.array_split(images, len(images) // 1000 + 1):
+        part[:] = match_levels(train, part)
+    return images
 
 
 def load_shifted(train, args):
@@ -683,7 +687,11 @@ def score_detectors(args):
         if not path.exists():
             continue
         net, config, labels = load_detector(path, args)
-        features = {name: features_of(net, part, config, args) for name, part in images.items()}
+        features = {
+            name: features_of(net, part, config, args)
+            for name, part in images.items()
+            if name != "outliers" or method == "frozen"  # many: for the Fréchet distance alone
+        }
         for score, values in method_scores(net, features, config, labels, args).items():
             scored[method, score] = values
             for name, part in values.items():
@@ -721,14 +729,15 @@ def method_scores(net, features, config, labels, args):
         scores["knn"] = knn(F.normalize(f), F.normalize(D_in), args.knn_k)[0][:, -1]
         if config.method != "frozen":
             g_in = net.heads["g_in"]
-            scores |= logit_scores(g_in(f))
+            logits = g_in(f)
+            scores |= logit_scores(logits)
         if config.method == "ce":
-            scores["gen"] = gen_score(g_in(f))
+            scores["gen"] = gen_score(logits)
             scores["react"] = react_score(f, D_in, g_in)
             scores["vim"] = vim_score(f, D_in, g_in)
             scores["fdbd"] = fdbd_score(f, D_in, g_in)
         if config.method == "dream" and config.loss == "logistic":
-            scores["phi"] = phi_score(g_in(f), net.phi)
+            scores["phi"] = phi_score(logits, net.phi)
     scores = {score: values.cpu().numpy() for score, values in scores.items()}
     labels = labels[: len(D_in)]  # --reconstructions have some more
     scores |= mahalanobis_scores(f.cpu().double().numpy(), D_in.cpu().double().numpy(), labels)
@@ -805,10 +814,8 @@ def aggregate(args):
     for folder in args.aggregate:
         options = read_description(folder)
         for path in folder.glob("classifier_*.pt"):
-            config = load_weights(path, "cpu", "train it again")["config"] | {
-                "seed": 0,
-                "inputs": 0,
-            }
+            config = load_weights(path, "cpu", "train it again")["config"]
+            config |= {"seed": 0, "inputs": 0}
             options |= {f"{path.stem} {name}": value for name, value in config.items()}
         first = first or options
         other = [key for key in first | options if options.get(key) != first.get(key)]
@@ -915,12 +922,12 @@ def plot_tsne(features, args):
     places = TSNE(init="random", random_state=args.seed).fit_transform(points)
     figure = Figure((6, 5), dpi=150, layout="constrained")
     axis = figure.subplots()
-    styles = {}
-    if "sd_outliers" in features:
-        y, _ = read_outlier_labels(args)
-        styles["sd_outliers"] = {"c": y[:: len(y) // 300 + 1], "cmap": "turbo", "marker": "x"}
     for name, f in thinned.items():
-        axis.scatter(*places[: len(f)].T, s=9, label=name, **styles.get(name, {}))
+        style = {}
+        if name == "sd_outliers":
+            y, _ = read_outlier_labels(args)
+            style = {"c": y[:: len(y) // 300 + 1], "cmap": "turbo", "marker": "x"}
+        axis.scatter(*places[: len(f)].T, s=9, label=name, **style)
         places = places[len(f) :]
     axis.legend()
     return figure

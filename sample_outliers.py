@@ -562,7 +562,7 @@ def sample_all(Gamma, z, labels, args):
         for s, d, cos in zip(source.tolist(), d_K.tolist(), cosine.tolist(), strict=True):
             rows.append(f"{c},{members[s]},{d:.5f},{cos:.5f},{seed_of(args.seed, len(rows))}")
         embeddings.append(v.cpu() * np.linalg.norm(Gamma[c]))
-    print(f"selection {args.selection}: mean percentile of d_K {np.mean(percentiles):.4f}")
+    print(f"{args.source}, {args.selection}: mean percentile of d_K {np.mean(percentiles):.4f}")
     return torch.cat(embeddings), rows
 
 
@@ -582,7 +582,7 @@ def run_job(name, shape, make, args):
     processes.
     """
     options = json.dumps(plain_options(args) | {"batch_size": None}, indent=1)
-    job = args.dir / f".partial.{name}.{seed_of(options)}"
+    job = args.dir / f".job.{name}.{seed_of(options)}"
     complete = args.dir / f"{name}.json"
     finished = args.dir / f"{name}.npy"
     same = finished.exists() and complete.exists() and complete.read_text() == options
@@ -607,7 +607,7 @@ def run_job(name, shape, make, args):
         complete.unlink(missing_ok=True)
         os.replace(job / "images", finished)
         save(complete, options)
-        for path in args.dir.glob(f".partial.{name}.*"):
+        for path in args.dir.glob(f".job.{name}.*"):
             shutil.rmtree(path)
 
 

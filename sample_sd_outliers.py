@@ -402,7 +402,7 @@ def run_job(name, shape, make, args):
     processes.
     """
     options = json.dumps(plain_options(args) | {"batch_size": None}, indent=1)
-    job = args.dir / f".partial.{name}.{seed_of(options)}"
+    job = args.dir / f".job.{name}.{seed_of(options)}"
     complete = args.dir / f"{name}.json"
     finished = args.dir / f"{name}.npy"
     same = finished.exists() and complete.exists() and complete.read_text() == options
@@ -427,7 +427,7 @@ def run_job(name, shape, make, args):
         complete.unlink(missing_ok=True)
         os.replace(job / "images", finished)
         save(complete, options)
-        for path in args.dir.glob(f".partial.{name}.*"):
+        for path in args.dir.glob(f".job.{name}.*"):
             shutil.rmtree(path)
 
 

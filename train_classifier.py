@@ -120,10 +120,7 @@ def looks_id(images, outliers, args):
     Ours. knn: d_K of paper A once more, now of the decoded image, in ce's unit features; a
     training image is not its own neighbour. energy: paper A's score. No OOD image is seen.
     """
-    path = args.dir / "classifier_ce.pt"
-    held = load_weights(path, "cpu", "run --method ce first")
-    if held["digest"] != read_description(args.dir).get("digest"):
-        sys.exit(f"{path} is of other ID data; run --method ce again")
+    held = load_ce(args)
     config = argparse.Namespace(**held["config"])
     net = Detector("ce", config.arch, config.classes, 0, config.vit).to(args.device)
     net.load_state_dict(held["model"])
@@ -243,7 +240,7 @@ def train(method, data, classes, args):
 
 def parse_args():
     parser = recipe_parser()
-    parser.add_argument("--method", nargs="+", choices=INPUTS, help="else all that have inputs")
+    parser.add_argument("--method", nargs="+", choices=INPUTS, help="else all whose inputs exist")
     text = "labels of the ID images for ce, dream and frozen; without it the data set's, if any"
     parser.add_argument("--labels", choices=("dataset", "pseudo"), help=text)
     text = "sd: sd_reconstructions.npy, copies that keep their label, are ID images too"
@@ -649,14 +646,23 @@ def load_start(net, method, args):
         net.phi[0].weight.data = net.phi[0].weight.data.sort(0).values
         net.phi.requires_grad_(args.loss == "logistic")
     if method == "dream" and args.init == "ce":
-        path = args.dir / "classifier_ce.pt"
-        held = load_weights(path, "cpu", "run --method ce first, or give --init random")
+        held = load_ce(args)
         try:
             net.load_state_dict(
                 held["model"] | {f"phi.{k}": v for k, v in net.phi.state_dict().items()}
             )
         except RuntimeError:
-            sys.exit(f"{path} is of another --arch or other classes; run --method ce again")
+            sys.exit(
+                "classifier_ce.pt is of another --arch or other classes; run --method ce again"
+            )
+
+
+def load_ce(args):
+    """Content of classifier_ce.pt."""
+    held = load_weights(args.dir / "classifier_ce.pt", "cpu", "run --method ce first")
+    if held["digest"] != read_description(args.dir).get("digest"):
+        sys.exit("classifier_ce.pt is of other ID data; run --method ce again")
+    return held
 
 
 def make_optimizer(net, args):

@@ -111,8 +111,6 @@ VARIANTS |= {
         ("train_classifier --method ce-pseudo --sd-batch-size 128 --sd-epochs 80", SHIFTED),
     ),
 }
-
-
 DEFAULTS = {"dream": "variants/published", "sd": "."}
 KEYS = (("dream", "energy"), ("sd", "distance"), ("sd", "voting"), ("sd", "distance+voting"))
 GENERATED = {"dream": r"\boutliers", "sd": "sd_outliers"}
@@ -130,7 +128,11 @@ def run(step, folder, known, seed):
     script, *flags = step.split()
     sys.argv = [script, "--dir", str(folder), "--seed", str(seed), *flags]
     start = time.time()
-    with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(folder / "log.txt", "a"))
+        bars = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(log))
+        stack.enter_context(contextlib.redirect_stderr(bars))
         try:
             importlib.import_module(script).main()
         except SystemExit as error:
@@ -184,7 +186,7 @@ def run_variants(folder, known, seed, names):
 
 def in_two_processes(work, jobs):
     """work(*job) for all jobs, in two processes of one thread each."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, context) as pool:
         for job, future in [(job, pool.submit(work, *job)) for job in jobs]:
@@ -224,7 +226,7 @@ def difference(values, baseline, jobs):
 
 
 def mean_and_deviation(rows):
-    """ "AUROC / FPR95" of rows (runs, 2 or more)."""
+    """AUROC / FPR95 of rows (runs, 2 or more), each with its deviation."""
     parts = zip(rows.mean(0), rows.std(0, ddof=1), strict=True)
     return " / ".join([f"{mean:.1f} ± {std:.1f}" for mean, std in parts][:2])
 
@@ -268,12 +270,12 @@ def print_ablations(folder, jobs, names):
             reference = REFERENCES.get(name, DEFAULTS[key[0]])
             cells = [f"{' '.join(key)}: {name}", reference]
             for ood, parts in (("near", [all_of_them, first, last]), ("patches", [all_of_them])):
-                rows = figures_of(folder, jobs, variant, key, ood)[:, 0]
-                base = figures_of(folder, jobs, reference, key, ood)[:, 0]
-                cells.append(mean_and_deviation(figures_of(folder, jobs, variant, key, ood)))
+                rows = figures_of(folder, jobs, variant, key, ood)
+                base = figures_of(folder, jobs, reference, key, ood)
+                cells.append(mean_and_deviation(rows))
                 for part in parts:
                     some = [jobs[i] for i in part]
-                    cells.append(difference(rows[part], base[part], some))
+                    cells.append(difference(rows[part, 0], base[part, 0], some))
             distances = notes_of(folder, jobs, variant, rf"{GENERATED[key[0]]} ([\d.]+),")
             cells.append(f"{np.mean(distances):.1f}" if distances else "-")
             print("|", " | ".join(cells), "|")
@@ -281,7 +283,7 @@ def print_ablations(folder, jobs, names):
 
 def print_shifted(folder, jobs, names):
     """Accuracy of DREAM-ID and of plain training on shifted test images."""
-    for name in {"dream-id", "equal-budget"} & {*names}:
+    for name in [name for name in names if name in ("dream-id", "equal-budget")]:
         for method in ("ce", "ce-pseudo", "dream-id"):
             for shift in SHIFTS:
                 pattern = rf"- {method}: accuracy ([\d.]+)% on \S*shifted/{shift.split()[0]} "

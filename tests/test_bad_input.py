@@ -80,7 +80,7 @@ def stops(main, tmp_path, monkeypatch, capfd):
         for path, data in before.items():
             assert path.read_bytes() == data
         new = [str(path) for path in tmp_path.rglob("*.*") if path not in before]
-        known = r"/\.partial|/scores/|/data\.json$|/(train|test)(\.labels)?\.npy$"
+        known = r"/\.partial|/\.job|/scores/|/data\.json$|/(train|test)(\.labels)?\.npy$"
         assert [path for path in new if not re.search(known, path)] == []
 
     return stops

@@ -149,7 +149,7 @@ def test_files_of_the_run(sd_run, tokens):
     assert words == ["zero: zero", "one: one", "porcupine: high-quality porcupine"]
     labels = np.load(sd_run / "train.labels.npy")
     assert np.array_equal(np.load(sd_run / "id_labels.npy"), labels)
-    assert not (sd_run / "pseudo_labels.npy").exists() and not list(sd_run.glob("*partial*"))
+    assert not (sd_run / "pseudo_labels.npy").exists() and not list(sd_run.glob(".*"))
     outliers = np.load(sd_run / "outliers.npy")
     assert outliers.shape == (36, 8, 8, 3) and len(np.unique(outliers, axis=0)) == 36
     norms = np.linalg.norm(np.load(sd_run / "outlier_embeddings.npy"), axis=1)
@@ -250,12 +250,14 @@ def test_a_job_goes_on_beside_one_of_other_options_and_is_made_again(
     with pytest.raises(KeyboardInterrupt):
         work(stop=3)  # in the second of three blocks
     assert work(batch_size=1) == [2, 3, 4]
+    (tmp_path / ".partial.x.csv").touch()  # of a process killed while it saved
     with pytest.raises(KeyboardInterrupt):
         work(stop=3, inputs=[2])
     assert work(inputs=[3]) == work(inputs=[2]) == work() == [0, 1, 2, 3, 4]
     assert work() == [] and "is complete" in capsys.readouterr().out
     assert work(restart=True) == work(S=151) == [0, 1, 2, 3, 4]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npy"]
+    names = [".partial.x.csv", "x.json", "x.npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def job(script, folder, *words, block=16, kill="", **environment):
@@ -329,5 +331,5 @@ def test_killed_three_times_it_ends_with_the_same_bytes(begin, undisturbed):
         process, folder = begin(B, "killed", kill=kill)
         process.join()
         assert process.exitcode == -signal.SIGKILL and not (folder / "sd_outliers.json").exists()
-        assert [*folder.glob(".partial.sd_outliers.*/16.npy")]
+        assert [*folder.glob(".job.sd_outliers.*/16.npy")]
     assert files_of(*begin(B, "killed")) == undisturbed[B]
